@@ -1,0 +1,55 @@
+"""foveate: every published attention mechanism, defined once and executed by a few fast engines.
+
+>>> import torch, foveate as fv
+>>> q = k = v = torch.randn(1, 4, 100, 32)
+>>> fv.attention(q, k, v, fv.patterns.SlidingWindow(16)).shape
+torch.Size([1, 4, 100, 32])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "attention": "foveate.core.attention",
+    "explain": "foveate.core.attention",
+    "BlockLayout": "foveate.core.layout",
+    "merge": "foveate.core.merge",
+    "EngineRefusal": "foveate.core.request",
+    "SoftCap": "foveate.core.scores",
+    "Bias": "foveate.core.scores",
+}
+_MODULES = {
+    "patterns": "foveate.patterns",
+    "selectors": "foveate.selectors",
+    "hf": "foveate.hf",
+    "organisms": "foveate.organisms",
+}
+
+__all__ = ["__version__", *_NAMES, *_MODULES]
+
+if TYPE_CHECKING:
+    from foveate import hf, organisms, patterns, selectors
+    from foveate.core.attention import attention, explain
+    from foveate.core.layout import BlockLayout
+    from foveate.core.merge import merge
+    from foveate.core.request import EngineRefusal
+    from foveate.core.scores import Bias, SoftCap
+
+
+def __getattr__(name: str):
+    if name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,125 @@
+"""The reference engine: dense, plain, differentiable to any order. It is the definition; every other engine is tested
+against it in float64.
+
+    s = scale q k^T  (-> scores)        p = softmax over the allowed keys and the sink        out = p v
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.core.request import AttentionRequest
+
+name = "reference"
+LIMIT = 1 << 28  # logits (B * H * N * M) it computes without being told to
+
+
+def why_not(request: AttentionRequest, *, limit: int = LIMIT) -> str | None:
+    """The reason why this engine declines, or None."""
+    batch, heads, n, m = request.shape
+    size = batch * heads * n * m
+    if size > limit:
+        return (
+            f"it is dense and would hold {size} logits (B*H*N*M); its guard is {limit}. Call "
+            "foveate.core.engines.reference.dense_attention(..., limit=None) to lift it"
+        )
+    return None
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    allowed = None if request.kind == "full" else _allowed(request)
+    return dense_attention(
+        request.q,
+        request.k,
+        request.v,
+        allowed,
+        scores=request.scores,
+        sinks=request.sinks,
+        scale=request.scale,
+        dropout_p=request.dropout_p,
+        limit=None,
+    )
+
+
+def _allowed(request: AttentionRequest) -> Tensor:
+    _, _, n, m = request.shape
+    if request.kind == "causal":
+        rows = torch.arange(n, device=request.q.device)[:, None] + (m - n)
+        return (torch.arange(m, device=request.q.device)[None, :] <= rows)[None, None]
+    return request.layout.to_dense(limit=1 << 62)
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None = None,
+    *,
+    scores: tuple = (),
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    limit: int | None = LIMIT,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention by its definition.
+
+    Args:
+        q, k, v: (B, H, N, D), (B, Hkv, M, D), (B, Hkv, M, Dv).
+        allowed: bool, broadcastable to (B, H, N, M), True = may attend; None = everything.
+        limit: refuse to compute more logits than this; None = no guard.
+
+    Returns:
+        out (B, H, N, Dv) in q's dtype, lse (B, H, N) in float32 (float64 for float64 inputs).
+
+    Masked keys and values are replaced before any product, so NaN or Inf in them reaches neither the result nor a
+    gradient - a masked logit alone would not stop 0 * NaN in p v.
+    """
+    batch, heads, n, dim = q.shape
+    kv_heads, m = k.shape[1], k.shape[2]
+    if limit is not None and batch * heads * n * m > limit:
+        raise ValueError(f"the reference engine would hold {batch * heads * n * m} logits; the limit is {limit}")
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = dim**-0.5 if scale is None else scale
+    groups = heads // kv_heads
+    qw = q.to(wide).unflatten(1, (kv_heads, groups))  # (B, Hkv, G, N, D)
+    kw, vw = k.to(wide).unsqueeze(2), v.to(wide).unsqueeze(2)  # (B, Hkv, 1, M, D)
+    poisoned = allowed is not None and not (
+        torch.isfinite(kw).all() and torch.isfinite(vw).all() and torch.isfinite(qw).all()
+    )
+    logits = (torch.matmul(qw, kw.transpose(-1, -2)) * scale).flatten(1, 2)  # (B, H, N, M)
+    for score in scores:
+        logits = score.apply(logits)
+    if allowed is not None:
+        logits = torch.where(allowed, logits, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.to(wide).view(1, heads, 1, 1))
+    top = torch.where(torch.isneginf(top), torch.zeros_like(top), top).detach()
+    weights = (logits - top).exp()
+    if allowed is not None:
+        weights = torch.where(allowed, weights, torch.zeros_like(weights))
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.to(wide).view(1, heads, 1, 1) - top).exp()
+    blank = total == 0
+    safe_total = torch.where(blank, torch.ones_like(total), total)
+    lse = torch.where(blank, -torch.inf, top + safe_total.log()).squeeze(-1)
+    p = weights / safe_total
+    if dropout_p:
+        p = torch.nn.functional.dropout(p, dropout_p)
+    grouped = p.unflatten(1, (kv_heads, groups))
+    out = torch.matmul(grouped, vw).flatten(1, 2)
+    if poisoned:
+        out = _exact_product(p, v.to(wide).repeat_interleave(groups, 1), allowed)
+    return out.to(q.dtype), lse
+
+
+def _exact_product(p: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """p v over allowed pairs only, key by key where v is not finite: 0 * NaN never enters. Not fast; rarely needed."""
+    broken = ~torch.isfinite(v).all(-1)  # (B, H, M)
+    out = torch.matmul(p.masked_fill(broken.unsqueeze(2), 0.0), v.masked_fill(broken.unsqueeze(-1), 0.0))
+    for j in broken.any(0).any(0).nonzero().flatten().tolist():
+        sees = torch.broadcast_to(allowed, p.shape)[..., j] & broken[..., j].unsqueeze(-1)  # (B, H, N)
+        out = out + torch.where(sees.unsqueeze(-1), p[..., j : j + 1] * v[..., j : j + 1, :], 0.0)
+    return out

@@ -1,0 +1,38 @@
+"""torch's scaled_dot_product_attention: full and top-left-equal causal attention without extras.
+
+It never receives a mask: with one it does all the dense work, which is what this library exists to avoid.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.core.request import AttentionRequest
+
+name = "sdpa"
+
+
+def why_not(request: AttentionRequest) -> str | None:
+    """The reason why this engine declines, or None."""
+    _, _, n, m = request.shape
+    if request.kind == "layout":
+        return "it runs full and causal attention only (a mask would make it do all the dense work)"
+    if request.kind == "causal" and n != m:
+        return f"its causal mask is top-left aligned, which differs from ours for {n} queries and {m} keys"
+    if request.scores or request.sinks is not None:
+        return "it takes no score and no sinks"
+    return None
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, None]:
+    out = torch.nn.functional.scaled_dot_product_attention(
+        request.q,
+        request.k,
+        request.v,
+        dropout_p=request.dropout_p,
+        is_causal=request.kind == "causal",
+        scale=request.scale,
+        enable_gqa=request.groups > 1,
+    )
+    return out, None

@@ -1,0 +1,204 @@
+"""The validated arguments of one attention call, and the one error with which an engine declines them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foveate.core.layout import BlockLayout
+from foveate.core.scores import Bias, Score, SoftCap
+
+if TYPE_CHECKING:
+    from foveate.core.patterns.base import Pattern
+    from foveate.core.selectors.base import Selector
+
+    Who = Pattern | BlockLayout | Selector | Tensor | Callable | None
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NORMALIZERS = ("softmax",)
+
+
+class EngineRefusal(ValueError):
+    """An engine that was asked for by name cannot run this request; the message says which part and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRequest:
+    """Everything an engine needs. Built by `attention()`, which validates; engines do not check shapes again.
+
+    `layout` is made on first use: engines that do not need tiles (dense, causal) never pay for it.
+    """
+
+    q: Tensor  # (B, H, N, D)
+    k: Tensor  # (B, Hkv, M, D)
+    v: Tensor  # (B, Hkv, M, Dv)
+    make_layout: Callable[[], BlockLayout]
+    kind: str  # "full", "causal" (bottom-right aligned) or "layout"
+    scores: tuple[Score, ...]
+    sinks: Tensor | None  # (H,)
+    normalizer: str
+    scale: float
+    dropout_p: float
+
+    @cached_property
+    def layout(self) -> BlockLayout:
+        return self.make_layout()
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, M)"""
+        return (*self.q.shape[:3], self.k.shape[2])
+
+    @property
+    def groups(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def needs_grad(self) -> bool:
+        tensors = [self.q, self.k, self.v, self.sinks]
+        tensors += [score.tensor for score in self.scores if isinstance(score, Bias)]
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def make_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Who = None,
+    *,
+    is_causal: bool = False,
+    score: Score | tuple[Score, ...] | None = None,
+    sinks: Tensor | None = None,
+    normalizer: str = "softmax",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> AttentionRequest:
+    """Validate the arguments of `attention()`; every error names the argument, what came and what is accepted."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.ndim != 4:
+            raise ValueError(f"{name} must have shape (batch, heads, length, dim), got {tuple(t.shape)}")
+        if t.dtype not in DTYPES:
+            accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise TypeError(f"{name} has dtype {t.dtype}; accepted are {accepted}")
+        if t.dtype != q.dtype:
+            raise TypeError(f"q, k and v must share one dtype; {name} is {t.dtype}, q is {q.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"q, k and v must be on one device; {name} is on {t.device}, q on {q.device}")
+    batch, heads, n, dim = q.shape
+    kv_heads, m = k.shape[1], k.shape[2]
+    if n < 1 or m < 1 or dim < 1 or v.shape[3] < 1:
+        raise ValueError(
+            f"lengths and head dims must be at least 1, got q {tuple(q.shape)}, k {tuple(k.shape)}, "
+            f"v {tuple(v.shape)}"
+        )
+    if k.shape[0] != batch or v.shape[0] != batch:
+        raise ValueError(f"q, k and v must share the batch size; got {batch}, {k.shape[0]}, {v.shape[0]}")
+    if k.shape[3] != dim:
+        raise ValueError(f"q and k must share the head dim; got {dim} and {k.shape[3]}")
+    if v.shape[1] != kv_heads or v.shape[2] != m:
+        raise ValueError(f"k and v must share heads and length; got {tuple(k.shape)} and {tuple(v.shape)}")
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"the heads of q ({heads}) must be a multiple of the heads of k and v ({kv_heads})")
+    if scale is None:
+        scale = dim**-0.5
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number or None (head_dim ** -0.5), got {scale!r}")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p!r}")
+    if normalizer not in NORMALIZERS:
+        raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}; got {normalizer!r}")
+    shape = (batch, heads, n, m)
+    scores = () if score is None else score if isinstance(score, tuple) else (score,)
+    for item in scores:
+        if not isinstance(item, (Bias, SoftCap)):
+            raise TypeError(
+                f"score must be a SoftCap, a Bias or a tuple of them, got {type(item).__name__}"
+            )
+        if isinstance(item, Bias):
+            item.check(shape)
+            if item.tensor.device != q.device:
+                raise ValueError(f"Bias.tensor is on {item.tensor.device}, q is on {q.device}")
+    if sinks is not None:
+        if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+            raise TypeError(f"sinks must be a floating point tensor, got {type(sinks).__name__}")
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must have shape ({heads},), one logit per head; got {tuple(sinks.shape)}")
+        if sinks.device != q.device:
+            raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}")
+    kind, make_layout = resolve_pattern(pattern, q, k, float(scale), bool(is_causal))
+    return AttentionRequest(
+        q, k, v, make_layout, kind, scores, sinks, normalizer, float(scale), float(dropout_p)
+    )
+
+
+def resolve_pattern(
+    pattern: Who, q: Tensor, k: Tensor, scale: float, is_causal: bool
+) -> tuple[str, Callable[[], BlockLayout]]:
+    """The kind of a request and the function that makes its layout, whatever form the pattern has."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from foveate.core.patterns import Causal, Full, MaskMod
+    from foveate.core.patterns.base import Pattern, as_pattern
+    from foveate.core.selectors.base import Selector
+
+    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+
+    def fits(layout: BlockLayout) -> BlockLayout:
+        if (layout.q_len, layout.k_len) != (n, m):
+            raise ValueError(
+                f"the pattern's layout is for {layout.q_len} queries and {layout.k_len} keys; "
+                f"q and k have {n} and {m}"
+            )
+        if layout.batch not in (1, batch) or layout.heads not in (1, heads):
+            raise ValueError(
+                f"the pattern's layout is for batch {layout.batch} and {layout.heads} heads; "
+                f"q has batch {batch} and {heads} heads (1 broadcasts)"
+            )
+        return layout.to(q.device)
+
+    causal = Causal()
+    if isinstance(pattern, tuple):
+        pattern = as_pattern(pattern)
+    if pattern is None:
+        chosen = causal if is_causal else Full()
+        return ("causal" if is_causal else "full"), lambda: fits(chosen.layout(n, m))
+    if isinstance(pattern, Pattern):
+        if isinstance(pattern, Full):
+            return resolve_pattern(None, q, k, scale, is_causal)
+        if isinstance(pattern, Causal):
+            return "causal", lambda: fits(causal.layout(n, m))
+        chosen = (causal & pattern) if is_causal else pattern
+        return "layout", lambda: fits(chosen.layout(n, m))
+    if isinstance(pattern, Selector):
+        return "layout", lambda: fits(pattern.layout(q, k, scale=scale, is_causal=is_causal))
+    if isinstance(pattern, BlockMask):
+        pattern = BlockLayout.from_flex(pattern)
+    elif isinstance(pattern, Tensor):
+        if pattern.dtype != torch.bool or not 2 <= pattern.ndim <= 4:
+            raise TypeError(
+                "a pattern tensor must be boolean (True = may attend) with 2 to 4 dimensions; "
+                f"got {pattern.dtype} {tuple(pattern.shape)}. An additive mask goes to score=Bias(...)."
+            )
+        want = (batch, heads, n, m)[4 - pattern.ndim :]
+        if any(a not in (1, b) for a, b in zip(pattern.shape, want, strict=True)):
+            raise ValueError(f"a pattern tensor of shape {tuple(pattern.shape)} does not broadcast to {want}")
+        pattern = BlockLayout.from_mask(pattern.expand(*pattern.shape[:-2], n, m))
+    if isinstance(pattern, BlockLayout):
+        layout = fits(pattern)
+        return "layout", (lambda: layout & fits(causal.layout(n, m))) if is_causal else (lambda: layout)
+    if callable(pattern):
+        by_rule = MaskMod(pattern, batch=batch, heads=heads)
+        chosen = (causal & by_rule) if is_causal else by_rule
+        return "layout", lambda: fits(chosen.layout(n, m))
+    raise TypeError(
+        "pattern must be a Pattern, a BlockLayout, a Selector, a torch BlockMask, a boolean tensor or a "
+        f"mask_mod function f(b, h, q_idx, kv_idx); got {type(pattern).__name__}"
+    )

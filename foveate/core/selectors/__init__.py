@@ -1,0 +1,6 @@
+"""Selectors: mechanisms that choose the pairs from the content of q and k."""
+
+from foveate.core.selectors.base import Selector
+from foveate.core.selectors.flexprefill import FlexPrefill
+
+__all__ = ["FlexPrefill", "Selector"]
