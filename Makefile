@@ -1,0 +1,73 @@
+# `make demo` and `make test` are all the set-up there is: they need Python >= 3.10, pip, make and a C++ compiler.
+#
+#   make demo        install into .venv and run `foveate compare` with its defaults; results in out/demo
+#   make test        install with the development tools and run the fast tests
+#   make test-slow   the longer checks
+#   make lint        ruff (rules and format) and pyright
+#   make bench       the benchmarks; JSON and plots into benchmarks/results
+#   make sanitize    rebuild the C++ kernels with address and undefined-behaviour checks and run the engine's tests
+#   make clean       remove .venv, builds, caches and out/
+#
+# PIP_FLAGS is handed to pip, e.g. `make demo PIP_FLAGS="--extra-index-url <an index with a CPU build of torch>"`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint bench sanitize clean
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+WORKERS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -c constraints.txt $(PIP_FLAGS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# A virtual environment even where Debian's python3-venv package (which carries ensurepip) is absent: the pip that is
+# there then installs one into it.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(VENV)/bin/python install $(PIP_FLAGS) pip; }
+
+# torch comes first and alone, so that a CPU build offered to pip is taken before anything else asks for torch.
+# The stamps hold the time of the last installation; a change of the metadata or of the C++ sources makes them stale.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(INSTALL) "torch==2.13.0"
+	@touch $@
+
+$(VENV)/.cli: $(SOURCES) $(VENV)/.torch
+	$(INSTALL) -e ".[cli]"
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) $(VENV)/.torch
+	$(INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.cli
+
+demo: $(VENV)/.cli
+	$(BIN)/foveate compare --out out/demo
+
+test: $(VENV)/.dev
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.cli
+	$(BIN)/python benchmarks/run.py
+
+sanitize: $(VENV)/.dev
+	bash native/sanitize.sh $(BIN)/python
+
+clean:
+	rm -rf $(VENV) build out dist .pytest_cache .hypothesis .ruff_cache foveate/core/engines/*.so
