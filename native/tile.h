@@ -1,0 +1,55 @@
+// The key tiles of one row of query tiles, whatever the kind of request.
+#pragma once
+#include "foveate.h"
+
+#define FV_STEP 2  // key tiles that share one rescaling of the output
+
+// What each instruction set offers to the dispatcher.
+struct fv_kernel {
+  void (*run_tile)(const fv_forward_args& a, float* buffer, int64_t b, int64_t h, int64_t i);
+  int64_t (*scratch_floats)(const fv_forward_args& a);
+};
+#define FV_KERNEL(isa) extern const fv_kernel isa##_kernel = {isa::run_tile, isa::scratch_floats};
+
+namespace {  // internal linkage: each instruction set keeps its own copy
+struct fv_rows {
+  const fv_forward_args& a;
+  int64_t begin, end;   // positions in the row: indices into tile_idx, or key tiles
+  int64_t reach;        // causal: the last key that query 0 of this tile sees
+  uint64_t words[FV_STEP][FV_TILE];
+
+  fv_rows(const fv_forward_args& args, int64_t b, int64_t h, int64_t i) : a(args), begin(0), end(0), reach(0) {
+    const int64_t k_tiles = (a.k_len + FV_TILE - 1) / FV_TILE;
+    if (a.kind == FV_FULL) {
+      end = k_tiles;
+    } else if (a.kind == FV_CAUSAL) {
+      reach = i * FV_TILE + (a.k_len - a.q_len);
+      const int64_t last_query = i * FV_TILE + FV_TILE - 1 < a.q_len - 1 ? i * FV_TILE + FV_TILE - 1 : a.q_len - 1;
+      const int64_t last_key = last_query + (a.k_len - a.q_len);
+      end = last_key < 0 ? 0 : last_key / FV_TILE + 1;
+      if (end > k_tiles) end = k_tiles;
+    } else {
+      const int64_t q_tiles = (a.q_len + FV_TILE - 1) / FV_TILE;
+      const int64_t lb = a.layout_batch == 1 ? 0 : b, lh = a.layout_heads == 1 ? 0 : h;
+      const int64_t row = (lb * a.layout_heads + lh) * q_tiles + i;
+      begin = a.row_ptr[row];
+      end = a.row_ptr[row + 1];
+    }
+  }
+
+  int64_t tile(int64_t at) const { return a.kind == FV_LAYOUT ? a.tile_idx[at] : at; }
+
+  // The tile's bitmap, or null when every pair is allowed. `made` is room for one that has to be made.
+  const uint64_t* bitmap(int64_t at, uint64_t* made) const {
+    if (a.kind == FV_FULL) return nullptr;
+    if (a.kind == FV_LAYOUT) return a.tile_id[at] ? a.dictionary + (int64_t)(a.tile_id[at] - 1) * FV_TILE : nullptr;
+    const int64_t room = reach - at * FV_TILE;  // query r sees keys c <= r + room of this tile
+    if (room >= FV_TILE - 1) return nullptr;
+    for (int r = 0; r < FV_TILE; ++r) {
+      const int64_t seen = r + room + 1;
+      made[r] = seen <= 0 ? 0 : seen >= FV_TILE ? ~(uint64_t)0 : ((uint64_t)1 << seen) - 1;
+    }
+    return made;
+  }
+};
+}  // namespace
