@@ -1,0 +1,13 @@
+"""foveate in transformers models: `apply(model, policy)` and what it returns."""
+
+from __future__ import annotations
+
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError("foveate.hf needs transformers >= 5.4: pip install 'foveate[hf]'") from error
+
+from foveate.hf.apply import Handle, apply
+from foveate.hf.report import Check, CheckError, LayerReport, Report
+
+__all__ = ["Check", "CheckError", "Handle", "LayerReport", "Report", "apply"]
