@@ -1,10 +1,13 @@
 """Pattern -> BlockLayout: exact, by hierarchical descent, in time and memory proportional to what is found.
 
-1. Descent. Large aligned squares are classified first (16 tiles wide, or 256, ... so that there are few of them).
-   EMPTY ones are dropped, FULL ones written at once, PARTIAL ones cut into 16 x 16 smaller ones, down to single tiles.
+1. Descent. Large aligned squares are classified first (16 tiles wide, or 256, ... so that there are few of
+   them).
+   EMPTY ones are dropped, FULL ones written at once, PARTIAL ones cut into 16 x 16 smaller ones, down to
+   single tiles.
 2. PARTIAL tiles are grouped by the pattern's `signature` and by how the plane's ragged edges cut them; one
    representative of each group is evaluated, element by element, in chunks of bounded size.
-3. The evaluated tiles are packed into 64-bit words; empty ones are dropped, full ones recognised, equal ones joined.
+3. The evaluated tiles are packed into 64-bit words; empty ones are dropped, full ones recognised, equal
+   ones joined.
 
 The state of the tiles is kept in a grid of one number per tile, for a band of query tiles at a time.
 """
@@ -48,7 +51,9 @@ def build_layout(pattern: Pattern, q_len: int, k_len: int) -> BlockLayout:
             if key not in known:
                 known[key] = _plane(one, ext, key[1], key[2], pool)
             planes.append(known[key])
-    counts, idx, ids = (np.concatenate(part) if len(planes) > 1 else part[0] for part in zip(*planes))
+    counts, idx, ids = (
+        np.concatenate(part) if len(planes) > 1 else part[0] for part in zip(*planes, strict=True)
+    )
     row_ptr = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=row_ptr[1:])
     dictionary, number = pool.canonical()
@@ -129,7 +134,7 @@ def _descend(
     c: np.ndarray,
     size: int,
 ) -> None:
-    """Write the codes of the squares (r, c), `size` tiles wide and counted from tile row `first`, into `grid`."""
+    """Write into `grid` the codes of the squares (r, c), `size` tiles wide, counted from tile row `first`."""
     side = size * TILE
     q0, k0 = first * TILE + r * side, c * side
     q1, k1 = np.minimum(q0 + side, ext.q_len), np.minimum(k0 + side, ext.k_len)

@@ -14,27 +14,44 @@ from foveate.core.patterns.base import (
     as_pattern,
     per_head,
 )
+from foveate.core.patterns.blocks import Blocked
 from foveate.core.patterns.columns import GlobalTokens, KeyPadding, PrefixLM, Sinks
+from foveate.core.patterns.control import Random
+from foveate.core.patterns.documents import Documents, Regions, SharedQuestion
+from foveate.core.patterns.masks import Mask, MaskMod
+from foveate.core.patterns.power import PowerOfTwo, power_attention, reachability
+from foveate.core.patterns.shards import Shards
 
 __all__ = [
     "EMPTY",
     "FULL",
     "PARTIAL",
     "And",
+    "Blocked",
     "Causal",
     "Dilated",
+    "Documents",
     "Extent",
     "Full",
     "GlobalTokens",
     "KeyPadding",
+    "Mask",
+    "MaskMod",
     "Not",
     "Or",
     "Pattern",
     "PerHead",
+    "PowerOfTwo",
     "PrefixLM",
+    "Random",
+    "Regions",
+    "Shards",
+    "SharedQuestion",
     "Sinks",
     "SlidingWindow",
     "Strided",
     "as_pattern",
     "per_head",
+    "power_attention",
+    "reachability",
 ]

@@ -28,8 +28,8 @@ class Full(Pattern):
 class Causal(Pattern):
     """No key after the query: d = position - key >= 0.
 
-    With q_len != k_len the last query is aligned with the last key (bottom-right), as in decoding with a cache:
-    query i stands at position i + (k_len - q_len). A query whose position is negative sees nothing.
+    With q_len != k_len the last query is aligned with the last key (bottom-right), as in decoding with a
+    cache: query i stands at position i + (k_len - q_len). A query whose position is negative sees nothing.
 
     >>> Causal().layout(2, 4).to_dense()[0, 0].int().tolist()
     [[1, 1, 1, 0], [1, 1, 1, 1]]
@@ -58,9 +58,7 @@ def _sides(owner: str, window: int | None, before: int | None, after: int | None
         raise ValueError(f"{owner}: before= and after= are given together; {missing} is missing")
     before, after = integer(owner, "before", before, 0), integer(owner, "after", after, 0)
     if window is not None and integer(owner, "window", window, 1) != before + 1 + after:
-        raise ValueError(
-            f"{owner}: window must be before + 1 + after = {before + 1 + after} when all are given, got {window}"
-        )
+        raise ValueError(f"{owner}: window must be before + 1 + after = {before + 1 + after}, got {window}")
     return before + 1 + after, before, after
 
 
@@ -69,10 +67,11 @@ class SlidingWindow(Pattern):
     """Keys near the query: -after <= d <= before with d = position - key (bottom-right aligned).
 
     `SlidingWindow(w)` is the causal form: w keys *including the query's own*, looking back (d = 0 .. w - 1).
-    `SlidingWindow(before=l, after=r)` looks l keys back and r ahead; `SlidingWindow.symmetric(w)` is w keys centred
-    on the query (an even w has its extra key behind). Windows are cut at the ends of the sequence.
+    `SlidingWindow(before=l, after=r)` looks l keys back and r ahead; `SlidingWindow.symmetric(w)` is w keys
+    centred on the query (an even w has its extra key behind). Windows are cut at the ends of the sequence.
 
-    Longformer (2020), Mistral 7B (2023). Libraries differ by one: here `window` counts keys, it is not a radius.
+    Longformer (2020), Mistral 7B (2023). Libraries differ by one: here `window` counts keys, it is not a
+    radius.
 
     Args:
         window: number of keys, >= 1.
@@ -89,10 +88,10 @@ class SlidingWindow(Pattern):
     after: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in zip(
-            ("window", "before", "after"), _sides("SlidingWindow", self.window, self.before, self.after)
-        ):
-            object.__setattr__(self, name, value)
+        window, before, after = _sides("SlidingWindow", self.window, self.before, self.after)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "before", before)
+        object.__setattr__(self, "after", after)
 
     @classmethod
     def symmetric(cls, window: int) -> SlidingWindow:
@@ -123,7 +122,7 @@ class SlidingWindow(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class Dilated(Pattern):
-    """A sliding window with gaps: d = position - key is a multiple of `dilation`, -after <= d / dilation <= before.
+    """A sliding window with gaps: d = position - key = t * dilation with -after <= t <= before.
 
     `Dilated(w, s)` is causal and has w keys including the query's own, at distances 0, s, .., (w - 1) s.
     `before` and `after` count keys (not positions), as in `SlidingWindow`. Longformer (2020).
@@ -138,15 +137,16 @@ class Dilated(Pattern):
     after: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in zip(
-            ("window", "before", "after"), _sides("Dilated", self.window, self.before, self.after)
-        ):
-            object.__setattr__(self, name, value)
+        window, before, after = _sides("Dilated", self.window, self.before, self.after)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "before", before)
+        object.__setattr__(self, "after", after)
         object.__setattr__(self, "dilation", integer("Dilated", "dilation", self.dilation, 1))
 
     @property
     def _range(self) -> tuple[int, int]:
-        assert self.before is not None and self.after is not None
+        assert self.before is not None
+        assert self.after is not None
         return -self.after * self.dilation, self.before * self.dilation
 
     def contains(self, ext, b, h, q, k):
@@ -174,9 +174,10 @@ class Dilated(Pattern):
 
 @dataclass(frozen=True)
 class Strided(Pattern):
-    """Keys whose distance to the query is a multiple of `stride`, on both sides: (position - key) mod stride = 0.
+    """Keys at a multiple of `stride` from the query, on both sides: (position - key) mod stride = 0.
 
-    Not causal by itself. Sparse Transformers (2019), strided form: `Causal() & (SlidingWindow(s) | Strided(s))`.
+    Not causal by itself. Sparse Transformers (2019), strided form: `Causal() & (SlidingWindow(s) |
+    Strided(s))`.
 
     >>> Strided(3).layout(7).to_dense()[0, 0, 4].int().tolist()
     [0, 1, 0, 0, 1, 0, 0]

@@ -1,17 +1,18 @@
 """Patterns: static sets of (query, key) pairs, and the three-valued algebra that combines them.
 
-A pattern answers two vectorised questions. `contains` is exact, per element. `classify` is about whole rectangles and
-three-valued: EMPTY (no pair allowed), FULL (every pair allowed) or PARTIAL (unknown or mixed). Combination is Kleene's
-strong logic on the values 0, 1, 2:
+A pattern answers two vectorised questions. `contains` is exact, per element. `classify` is about whole
+rectangles and three-valued: EMPTY (no pair allowed), FULL (every pair allowed) or PARTIAL (unknown or
+mixed). Combination is Kleene's strong logic on the values 0, 1, 2:
 
     A & B = min(a, b)        A | B = max(a, b)        ~A = 2 - a
 
-so an expression is classified from its parts without looking at elements, and `pattern.layout(q_len, k_len)` evaluates
-elements only in the tiles that stay PARTIAL. Nothing is ever N x N.
+so an expression is classified from its parts without looking at elements, and `pattern.layout(q_len,
+k_len)` evaluates elements only in the tiles that stay PARTIAL. Nothing is ever N x N.
 
 Conventions, for every pattern of this package:
 
-* Index arguments are NumPy int64 arrays; `contains` returns a NumPy bool array, `classify` int8. (`MaskMod` hands torch
+* Index arguments are NumPy int64 arrays; `contains` returns a NumPy bool array, `classify` int8. (`MaskMod`
+  hands torch
   tensors to the function it wraps.) `b` and `h` are Python ints.
 * `q` and `k` are raw indices 0..q_len-1 and 0..k_len-1. A query's *position* is `q + ext.offset` with
   `offset = k_len - q_len`: the last query stands at the last key (bottom-right alignment).
@@ -63,8 +64,9 @@ class Extent:
 class Pattern:
     """A static set of (query, key) pairs, the same or different per batch row and head.
 
-    Subclasses are frozen dataclasses. `contains` is the only method that they must write; `classify` makes the layout
-    fast, `signature` makes it faster. `batch` and `heads` are 1 when the set does not depend on them.
+    Subclasses are frozen dataclasses. `contains` is the only method that they must write; `classify` makes
+    the layout fast, `signature` makes it faster. `batch` and `heads` are 1 when the set does not depend on
+    them.
     """
 
     batch: int = 1
@@ -105,7 +107,7 @@ class Pattern:
     def signature(
         self, ext: Extent, b: int, h: int, qt: np.ndarray, kt: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """int64 columns: tiles with equal columns, cut by the same edges of the plane, have equal in-range content.
+        """int64 columns: tiles with equal columns have equal content (if cut by the same edges of the plane).
 
         The default knows nothing but the class, so every PARTIAL tile is its own.
         """
@@ -113,7 +115,7 @@ class Pattern:
         return (np.where(c == PARTIAL, qt * (1 << 31) + kt, -1 - c),)
 
     def at(self, b: int, h: int) -> Pattern:
-        """The pattern of one batch row and head, as simple as it is known; equal results are laid out once."""
+        """The pattern of one batch row and head, simplified; equal results are laid out once."""
         return self
 
     @property
@@ -134,7 +136,7 @@ class Pattern:
         return CACHE.get(self, integer("layout()", "q_len", q_len, 1), _k_len(q_len, k_len))
 
     def plot(self, q_len: int, k_len: int | None = None, **options: Any):
-        """Element view and tile view as a matplotlib figure; options as in `foveate.core.patterns.plot.plot_pattern`."""
+        """Element and tile view, a matplotlib figure; options: `foveate.core.patterns.plot.plot_pattern`."""
         from foveate.core.patterns.plot import plot_pattern
 
         return plot_pattern(self, q_len, k_len, **options)
@@ -292,7 +294,7 @@ class Not(Pattern):
 
 @dataclass(frozen=True, repr=False)
 class PerHead(Pattern):
-    """One pattern per head: head h follows `parts[h]`. A tuple of patterns means the same wherever one is accepted.
+    """One pattern per head: head h follows `parts[h]`. Where a pattern is accepted, a tuple means this.
 
     >>> from foveate.core.patterns import Causal, Sinks, SlidingWindow
     >>> (Causal() & (SlidingWindow(4), Sinks(2))).heads
@@ -308,7 +310,7 @@ class PerHead(Pattern):
         for i, part in enumerate(parts):
             if part.heads != 1:
                 raise ValueError(
-                    f"per_head() takes patterns that are the same for all heads; number {i} has {part.heads} heads"
+                    f"per_head() takes patterns of one head each; number {i} has {part.heads} heads"
                 )
         object.__setattr__(self, "parts", parts)
         _common(parts, "batch")
@@ -371,7 +373,8 @@ def _combined(kind: type, left: Any, right: Any) -> Pattern:
 def _flatten(kind: type, parts: Iterable[Any]) -> tuple[Pattern, ...]:
     flat: list[Pattern] = []
     for part in map(as_pattern, parts):
-        flat.extend(part.parts if type(part) is kind else (part,))  # pyright: ignore[reportAttributeAccessIssue]
+        nested = getattr(part, "parts", ()) if type(part) is kind else (part,)
+        flat.extend(nested)
     if not flat:
         raise ValueError(f"{kind.__name__} needs at least one pattern, got none")
     for axis in ("batch", "heads"):
@@ -403,7 +406,7 @@ def _signatures(parts: Sequence[Pattern], ext: Extent, b: int, h: int, qt: np.nd
 
 
 class Derived(Pattern):
-    """Base of patterns that are a name for an expression: subclasses define `rule`, everything else follows it."""
+    """Base of patterns that name an expression: subclasses define `rule`, everything else follows."""
 
     @property
     def rule(self) -> Pattern:
@@ -521,8 +524,9 @@ def values(owner: str, name: str, data: Any, ndims: tuple[int, ...], kind: str =
 class LayoutCache:
     """Least-recently-used layouts, by the value of (pattern, q_len, k_len); bounded, shared by threads.
 
-    At most `max_entries` layouts of together at most `max_bytes` are kept; a layout larger than that alone is returned
-    and not kept. Layouts are immutable, so sharing one is safe. Patterns whose `cacheable` is False are never kept.
+    At most `max_entries` layouts of together at most `max_bytes` are kept; a layout larger than that alone
+    is returned and not kept. Layouts are immutable, so sharing one is safe. Patterns whose `cacheable` is
+    False are never kept.
     """
 
     def __init__(self, max_bytes: int = 256 << 20, max_entries: int = 128):

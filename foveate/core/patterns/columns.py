@@ -1,4 +1,4 @@
-"""Rows and columns: sinks, global tokens, prefixes and key padding. The set depends on the key (or query) alone."""
+"""Rows and columns: sinks, key padding, global tokens, prefixes."""
 
 from __future__ import annotations
 
