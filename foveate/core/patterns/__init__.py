@@ -18,7 +18,10 @@ from foveate.core.patterns.blocks import Blocked
 from foveate.core.patterns.columns import GlobalTokens, KeyPadding, PrefixLM, Sinks
 from foveate.core.patterns.control import Random
 from foveate.core.patterns.documents import Documents, Regions, SharedQuestion
+from foveate.core.patterns.grids import Axial, Grid, Windows
 from foveate.core.patterns.masks import Mask, MaskMod
+from foveate.core.patterns.neighborhood import Neighborhood
+from foveate.core.patterns.orders import Order, hilbert, morton, row_major, tile_major
 from foveate.core.patterns.power import PowerOfTwo, power_attention, reachability
 from foveate.core.patterns.shards import Shards
 
@@ -27,6 +30,7 @@ __all__ = [
     "FULL",
     "PARTIAL",
     "And",
+    "Axial",
     "Blocked",
     "Causal",
     "Dilated",
@@ -34,11 +38,14 @@ __all__ = [
     "Extent",
     "Full",
     "GlobalTokens",
+    "Grid",
     "KeyPadding",
     "Mask",
     "MaskMod",
+    "Neighborhood",
     "Not",
     "Or",
+    "Order",
     "Pattern",
     "PerHead",
     "PowerOfTwo",
@@ -50,8 +57,13 @@ __all__ = [
     "Sinks",
     "SlidingWindow",
     "Strided",
+    "Windows",
     "as_pattern",
+    "hilbert",
+    "morton",
     "per_head",
     "power_attention",
     "reachability",
+    "row_major",
+    "tile_major",
 ]

@@ -9,7 +9,7 @@ import numpy as np
 from foveate.core.patterns.base import FULL, Pattern, diagonal, distances, integer, verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Full(Pattern):
     """Every query may attend to every key.
 
@@ -24,7 +24,7 @@ class Full(Pattern):
         return np.full(np.shape(q0), FULL, np.int8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Causal(Pattern):
     """No key after the query: d = position - key >= 0.
 
@@ -172,7 +172,7 @@ class Dilated(Pattern):
         return f"Dilated(dilation={self.dilation}, before={self.before}, after={self.after})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Strided(Pattern):
     """Keys at a multiple of `stride` from the query, on both sides: (position - key) mod stride = 0.
 

@@ -21,6 +21,7 @@ Conventions, for every pattern of this package:
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import operator
 import threading
@@ -152,6 +153,17 @@ class Pattern:
 
     def __ror__(self, other: Any) -> Pattern:
         return _combined(Or, other, self)
+
+    def __repr__(self) -> str:
+        """The call that makes it: the first argument, and the others where they are not the default."""
+        told = []
+        for i, field in enumerate(dataclasses.fields(self)):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, field.name)
+            if i == 0 and value is not None:
+                told.append(repr(value))
+            elif value != field.default:
+                told.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(told)})"
 
     def __invert__(self) -> Pattern:
         return self.part if isinstance(self, Not) else Not(self)

@@ -10,7 +10,7 @@ from foveate.core.layout import TILE
 from foveate.core.patterns.base import Extent, Pattern, integer, verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Blocked(Pattern):
     """Block-local attention: the query's own block of positions, and `before` / `after` blocks next to it.
 

@@ -23,7 +23,7 @@ from foveate.core.patterns.base import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sinks(Pattern):
     """The first `n` keys, for every query. Not causal by itself. StreamingLLM (2023), attention sinks.
 
@@ -47,7 +47,7 @@ class Sinks(Pattern):
         return (np.clip(self.n - TILE * kt, 0, TILE) + 0 * qt,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KeyPadding(Pattern):
     """Only real keys: `mask[b, k]` True = real token. Queries are not restricted.
 
@@ -96,7 +96,7 @@ class KeyPadding(Pattern):
         return (np.where(c == PARTIAL, kt, -1 - c),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GlobalTokens(Pattern):
     """Global tokens: they see every key, and every query sees them. Longformer (2020), BigBird (2020).
 
@@ -163,7 +163,7 @@ class GlobalTokens(Pattern):
         return np.where(row == PARTIAL, qt, -1 - row), np.where(column == PARTIAL, kt, -1 - column)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PrefixLM(Pattern):
     """A prefix that all may see, causal after it: key < prefix or key <= position (bottom-right aligned).
 

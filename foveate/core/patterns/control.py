@@ -18,7 +18,7 @@ NEVER = np.uint64(0xFFFFFFFFFFFFFFFF)
 ROWS_CELLS = 1 << 20  # scores held at once while the rows are matched
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Random(Pattern):
     """Whole blocks, kept at random: the control against which clever patterns are compared.
 

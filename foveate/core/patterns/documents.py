@@ -63,7 +63,7 @@ def _batch_of(first: Any, second: Any) -> int:
     return max(1 if x is None or x.array.ndim == 1 else len(x.array) for x in (first, second))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Documents(Boxes):
     """Packed sequences: a query sees the keys of its own document. Not causal by itself.
 
@@ -124,7 +124,7 @@ def _ids_of(cu_seqlens: Any) -> np.ndarray:
     return np.repeat(np.arange(len(lengths)), lengths)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SharedQuestion(Derived):
     """One question, several answers: an answer sees the question and itself, never another answer.
 
@@ -157,7 +157,7 @@ class SharedQuestion(Derived):
         self.rule.check(ext)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Regions(Pattern):
     """Labelled tokens and a table of who may see whom: allowed iff `table[label of query, label of key]`.
 

@@ -14,7 +14,7 @@ from foveate.core.layout import TILE, tiles
 from foveate.core.patterns.base import Pattern, integer, values, verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Mask(Pattern):
     """A bool tensor, True = may attend; (N, M), (H, N, M) or (B, H, N, M), where sizes of 1 broadcast.
 
@@ -88,7 +88,7 @@ class Mask(Pattern):
         return {}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MaskMod(Pattern):
     """Any function `f(b, h, q_idx, kv_idx) -> bool tensor`, as FlexAttention's `mask_mod`.
 

@@ -16,7 +16,7 @@ from foveate.core.patterns.columns import Sinks
 REACH_LIMIT = 8192
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PowerOfTwo(Pattern):
     """Causal, keys whose *block* distance to the query is a power of two.
 

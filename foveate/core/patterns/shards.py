@@ -13,7 +13,7 @@ from foveate.core.patterns.base import Pattern, diagonal, distances, integer, va
 from foveate.core.patterns.blocks import block_distances, phase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shards(Pattern):
     """Causal: a local band for all heads and, per head, every `stride`-th block of the context.
 
@@ -66,8 +66,8 @@ class Shards(Pattern):
         missing = sorted(set(range(self.stride)) - {o % self.stride for o in self._offsets()})
         if self.require_coverage and not self.homogeneous and missing:
             raise ValueError(
-                f"Shards: {layouts} layouts with stride {self.stride} leave blocks in no "
-                f"shard (residues {missing[:8]}); accepted: layouts >= stride, offsets that cover every residue, "
+                f"Shards: {layouts} layouts with stride {self.stride} leave blocks in no shard "
+                f"(residues {missing[:8]}); accepted: layouts >= stride, offsets that cover every residue, "
                 "or require_coverage=False"
             )
 
