@@ -1,14 +1,16 @@
-"""Text of the Python standard library, and key-value needles hidden in it: all the data the organism `reader` ever saw.
+"""Text of the Python standard library, and key-value needles hidden in it: all the data the organism `reader`
+ever saw.
 
-Bytes are tokens: id = byte value, 0..255. The text is whatever ``*.py`` the running interpreter ships, without its
-own tests, the bundled 2to3 and pip, the code page tables of ``encodings``; the modules in `HELD_OUT` are never trained on.
+Bytes are tokens: id = byte value, 0..255. The text is whatever ``*.py`` the running interpreter ships,
+without its own tests, the bundled 2to3 and pip, the code page tables of ``encodings``; the modules in
+`HELD_OUT` are never trained on.
 
 A needle is one comment line,
 
     # key kapo is 48213
 
-with a pronounceable four-letter key (consonant, vowel, twice: 11,025 of them) and five random digits. The first line of a key
-defines it; a later line with the same key is a query, and its five digits are the answer.
+with a pronounceable four-letter key (consonant, vowel, twice: 11,025 of them) and five random digits. The
+first line of a key defines it; a later line with the same key is a query, and its five digits are the answer.
 """
 
 from __future__ import annotations
@@ -50,7 +52,17 @@ HELD_OUT = frozenset(
 """Module names that are never trained on; a name also holds out the submodules of a package of that name."""
 
 _SKIP_PARTS = frozenset(
-    {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "ensurepip", "encodings", "__pycache__"}
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "lib2to3",
+        "ensurepip",
+        "encodings",
+        "__pycache__",
+    }
 )
 
 CONSONANTS = b"bcdfghjklmnpqrstvwxyz"
@@ -62,8 +74,12 @@ LINE = len(PREFIX) + KEY_LETTERS + len(MIDDLE) + DIGITS + 1
 """Bytes of one needle line with its newline: 20."""
 _DIGITS_AT = len(PREFIX) + KEY_LETTERS + len(MIDDLE)
 
-TEXT, IGNORE, ANSWER = 0, 1, 2
-"""Roles of a byte in a training sequence: predicted as text, not predicted, predicted as an answer."""
+_ALPHABET = b"abcdefghijklmnopqrstuvwxyz0123456789"
+
+TEXT, IGNORE, ANSWER, REPEAT = 0, 1, 2, 3
+"""Roles of a byte in a training sequence: predicted as text, not predicted, digit of an answer, byte of a
+repeated line.
+"""
 
 
 class ByteTokenizer:
@@ -118,7 +134,9 @@ def train_files() -> tuple[Path, ...]:
 
 @lru_cache(maxsize=2)
 def stdlib_text(held_out: bool = False) -> bytes:
-    """All the files, joined in path order with a form feed and a newline between them (about 0.8 MB held out, 9 MB not)."""
+    """All the files, joined in path order with a form feed and a newline between them (about 0.8 MB held out,
+    9 MB not).
+    """
     return b"\f\n".join(p.read_bytes().replace(b"\r\n", b"\n") for p in _files(held_out))
 
 
@@ -171,7 +189,8 @@ def _snap(chunk: bytes, at: int) -> int:
 def needle(
     length: int, depth: float, rng: np.random.Generator, text: bytes, *, distractors: int = 3
 ) -> tuple[np.ndarray, slice]:
-    """One retrieval question: real text, a hidden needle line, other keys as distractors, and the query at the very end.
+    """One retrieval question: real text, a hidden needle line, other keys as distractors, and the query at
+    the very end.
 
     Args:
         length: bytes of the whole sequence, answer included; at least 20 * (distractors + 2).
@@ -181,9 +200,9 @@ def needle(
         distractors: lines with other keys and values, at uniformly random places.
 
     Returns:
-        ids (length,) int64, and the slice of the five answer digits (the last five ids). The model is right when its
-        argmax at positions ``answer.start - 1 .. answer.stop - 2`` equals ``ids[answer]``: given the earlier digits
-        this is the same as greedy decoding of all five.
+        ids (length,) int64, and the slice of the five answer digits (the last five ids). The model is right
+        when its argmax at positions ``answer.start - 1 .. answer.stop - 2`` equals ``ids[answer]``: given the
+        earlier digits this is the same as greedy decoding of all five.
 
     >>> rng = np.random.default_rng(0)
     >>> ids, answer = needle(200, 0.5, rng, b"x = 1\\n" * 100)
@@ -196,11 +215,15 @@ def needle(
         raise ValueError(f"distractors: {distractors}, accepted 0 or more")
     fill = length - LINE * (distractors + 2) + 1
     if fill < 0:
-        raise ValueError(f"length: {length}, accepted at least {LINE * (distractors + 2) - 1} with {distractors} distractors")
+        raise ValueError(
+            f"length: {length}, accepted at least {LINE * (distractors + 2) - 1} at {distractors} distractors"
+        )
     chunk = _slice(text, fill, rng)
     keys = random_keys(distractors + 1, rng)
     values = [random_value(rng) for _ in keys]
-    places = [_snap(chunk, round(depth * fill))] + [_snap(chunk, int(rng.integers(fill + 1))) for _ in keys[1:]]
+    places = [_snap(chunk, round(depth * fill))] + [
+        _snap(chunk, int(rng.integers(fill + 1))) for _ in keys[1:]
+    ]
     ends = {0: 2 if depth > 0.5 else 0}  # at equal places the needle is the outermost line on its side
     order = sorted(range(len(keys)), key=lambda i: (places[i], ends.get(i, 1)))
     out, last = [], 0
@@ -212,42 +235,85 @@ def needle(
     return ids, slice(length - DIGITS, length)
 
 
+def _weave(
+    length: int,
+    inserts: list[tuple[bytes, np.ndarray]],
+    at: np.ndarray,
+    rng: np.random.Generator,
+    text: bytes,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Real text with whole lines (bytes, roles) inserted at the sorted places `at` of it; ids and roles, both
+    (length,).
+
+    In sequences of 1024 bytes and more a place moves back to the start of its line. In shorter ones the text
+    is cut where the place is (the byte before becomes a newline, not predicted): short slices have few lines,
+    and needles that stand back to back are solved by copying from a fixed distance, without reading the key.
+    """
+    chunk = bytearray(_slice(text, length - sum(len(b) for b, _ in inserts), rng))
+    text_roles = np.zeros(len(chunk), np.int8)
+    ids, roles, last = [], [], 0
+    for (block, role), place in zip(inserts, at.tolist(), strict=True):
+        if length >= 1024:
+            place = max(last, chunk.rfind(b"\n", 0, place) + 1)
+        elif place > last:
+            chunk[place - 1] = 10
+            text_roles[place - 1] = IGNORE
+        ids += [bytes(chunk[last:place]), block]
+        roles += [text_roles[last:place], role]
+        last = place
+    ids.append(bytes(chunk[last:]))
+    roles.append(text_roles[last:])
+    return np.frombuffer(b"".join(ids), dtype=np.uint8).astype(np.int64), np.concatenate(roles)
+
+
 def retrieval_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """A training sequence with many needles: `length` ids and their roles, both (length,).
 
-    Between 2 and as many lines as fit (at most 24), shared by fewer keys so that most keys are asked at least once. Half
-    of the longer sequences ask only in their last quarter (distances as uniform as the definitions' depths), the others
-    anywhere. Text is predicted, answers are predicted and weighted, everything else of a needle line is not predicted,
-    so that the model does not learn to expect needles in ordinary text.
+    Between 2 and 24 lines (at most 60 % of the bytes), shared by fewer keys so that every key is asked at
+    least once. Half of the longer sequences ask only in their last quarter (distances as uniform as the
+    definitions' depths), the others anywhere. Text is predicted, answers are predicted and weighted,
+    everything else of a needle line is not predicted, so that the model does not learn to expect needles in
+    ordinary text.
     """
-    most = min(length // LINE, 24) if length < 192 else min(int(0.6 * length / LINE), 24)
-    n = int(rng.integers(2, max(2, most) + 1))
+    n = int(rng.integers(2, max(2, min(int(0.65 * length / LINE), 24)) + 1))
     k = int(rng.integers(1, max(1, n // 2) + 1))
     keys = random_keys(k, rng)
     values = [random_value(rng) for _ in keys]
     fill = length - LINE * n
-    chunk = _slice(text, fill, rng)
     if length >= 256 and rng.random() < 0.5:  # definitions anywhere, questions late
         which = np.concatenate([rng.permutation(k), rng.integers(k, size=n - k)])
-        at = np.concatenate([rng.integers(fill + 1, size=k), rng.integers(int(0.75 * fill), fill + 1, size=n - k)])
+        late = rng.integers(int(0.75 * fill), fill + 1, size=n - k)
+        at = np.concatenate([rng.integers(fill + 1, size=k), late])
         order = np.argsort(at, kind="stable")
         which, at = which[order], at[order]
     else:
         which = rng.permutation(np.concatenate([np.arange(k), np.arange(k), rng.integers(k, size=n - 2 * k)]))
         at = np.sort(rng.integers(fill + 1, size=n))
-    ids, roles, last, seen = [], [], 0, set()
-    for key_index, place in zip(which.tolist(), at.tolist(), strict=True):
-        place = _snap(chunk, place)
-        ids += [chunk[last:place], line(keys[key_index], values[key_index])]
+    inserts, seen = [], set()
+    for i in which.tolist():
         role = np.full(LINE, IGNORE, np.int8)
-        if key_index in seen:
+        if i in seen:
             role[_DIGITS_AT : _DIGITS_AT + DIGITS] = ANSWER
-        seen.add(key_index)
-        roles += [np.zeros(place - last, np.int8), role]
-        last = place
-    ids.append(chunk[last:])
-    roles.append(np.zeros(len(chunk) - last, np.int8))
-    return np.frombuffer(b"".join(ids), dtype=np.uint8).astype(np.int64), np.concatenate(roles)
+        seen.add(i)
+        inserts.append((line(keys[i], values[i]), role))
+    return _weave(length, inserts, at, rng, text)
+
+
+def repeat_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Real text with a comment line of random letters and digits that comes back: the plainest induction.
+
+    8 to 32 random characters, two to four times; in the later lines all but the first three are predicted
+    (REPEAT).
+    """
+    size = int(rng.integers(8, min(32, length // 2 - 6) + 1))
+    body = bytes(_ALPHABET[i] for i in rng.integers(len(_ALPHABET), size=size))
+    block = b"# " + body + b"\n"
+    n = int(rng.integers(2, max(2, min(4, int(0.65 * length / len(block)))) + 1))
+    first = np.full(len(block), IGNORE, np.int8)
+    later = first.copy()
+    later[5:-1] = REPEAT
+    at = np.sort(rng.integers(length - n * len(block) + 1, size=n))
+    return _weave(length, [(block, later if i else first) for i in range(n)], at, rng, text)
 
 
 def text_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -258,12 +324,20 @@ def text_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[n
 
 
 def batch(
-    count: int, length: int, retrieval: float, rng: np.random.Generator, text: bytes
+    count: int, length: int, retrieval: float, rng: np.random.Generator, text: bytes, *, repeats: float = 0.2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ids and roles, both (count, length + 1): a fraction `retrieval` of the rows has needles, the others are plain text."""
-    rows = [
-        (retrieval_sequence if rng.random() < retrieval else text_sequence)(length + 1, rng, text) for _ in range(count)
-    ]
+    """ids and roles, both (count, length + 1).
+
+    A fraction `retrieval` of the rows has inserted lines (of these a fraction `repeats` repeated random
+    lines, the others needles), the rest is plain text.
+    """
+    rows = []
+    for _ in range(count):
+        if rng.random() >= retrieval:
+            make = text_sequence
+        else:
+            make = repeat_sequence if rng.random() < repeats else retrieval_sequence
+        rows.append(make(length + 1, rng, text))
     ids, roles = zip(*rows, strict=True)
     return np.stack(ids), np.stack(roles)
 
@@ -271,17 +345,20 @@ def batch(
 def stretched_positions(
     count: int, length: int, span: int, share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Rotary positions (count, length): a `share` of the rows jumps ahead at up to three places, ending before `span`.
+    """Rotary positions (count, length): a `share` of the rows jumps ahead at up to three places, ending
+    before `span`.
 
-    So distances up to the full context are met while sequences are still short (Zhu et al., "PoSE: Efficient Context
-    Window Extension of LLMs via Positional Skip-wise Training", 2023).
+    So distances up to the full context are met while sequences are still short (Zhu et al., "PoSE: Efficient
+    Context Window Extension of LLMs via Positional Skip-wise Training", 2023).
     """
     positions = np.tile(np.arange(length), (count, 1))
     for row in positions:
         if span > length and rng.random() < share:
             cuts = np.sort(rng.integers(1, length, size=int(rng.integers(1, 4))))
             total = int(rng.integers(span - length + 1))
-            jumps = np.diff(np.concatenate([[0], np.sort(rng.integers(total + 1, size=len(cuts) - 1)), [total]]))
+            jumps = np.diff(
+                np.concatenate([[0], np.sort(rng.integers(total + 1, size=len(cuts) - 1)), [total]])
+            )
             for cut, jump in zip(cuts.tolist(), jumps.tolist(), strict=True):
                 row[cut:] += jump
     return positions

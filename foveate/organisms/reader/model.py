@@ -1,7 +1,8 @@
-"""A compact Llama for training on CPU: the same parameters, names and arithmetic as transformers' LlamaForCausalLM.
+"""A compact Llama for training on CPU: the same parameters, names and arithmetic as transformers'
+LlamaForCausalLM.
 
-    h = embed(ids);  per layer  h += Wo attn(rope(Wq n1), rope(Wk n1), Wv n1),  h += Wd (silu(Wg n2) * Wu n2);
-    logits = embed^T rmsnorm(h)
+h = embed(ids);  per layer  h += Wo attn(rope(Wq n1), rope(Wk n1), Wv n1),  h += Wd (silu(Wg n2) * Wu n2);
+logits = embed^T rmsnorm(h)
 """
 
 from __future__ import annotations
@@ -142,7 +143,9 @@ class _Trunk(nn.Module):
 
 
 class Reader(nn.Module):
-    """ids (B, N) -> logits (B, N, vocab). `positions` (B, N) default to 0..N-1. State names equal LlamaForCausalLM's."""
+    """ids (B, N) -> logits (B, N, vocab). `positions` (B, N) default to 0..N-1. State names equal
+    LlamaForCausalLM's.
+    """
 
     def __init__(self, cfg: ReaderConfig) -> None:
         super().__init__()
@@ -151,7 +154,11 @@ class Reader(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = 0.02 if "embed" in name else p.shape[1] ** -0.5 / ((2 * cfg.layers) ** 0.5 if residual else 1.0)
+                std = (
+                    0.02
+                    if "embed" in name
+                    else p.shape[1] ** -0.5 / ((2 * cfg.layers) ** 0.5 if residual else 1.0)
+                )
                 nn.init.normal_(p, std=std)
 
     def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
