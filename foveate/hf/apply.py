@@ -41,19 +41,22 @@ def apply(
 ) -> Handle:
     """Run a model's attention through `foveate.attention`, restricted by a policy.
 
-    What is executed is the model's own rule (causal, sliding window, chunks, packed sequences, padding) AND the policy.
-    The rule arrives symbolically and becomes an exact layout; no N x N mask is formed. It is laid out once per forward
-    and shared by the layers that have the same rule.
+    What is executed is the model's own rule (causal, sliding window, chunks, packed sequences, padding) AND
+    the policy. The rule arrives symbolically and becomes an exact layout; no N x N mask is formed. It is laid
+    out once per forward and shared by the layers that have the same rule.
 
     Args:
-        model: a transformers model whose attention dispatches through `AttentionInterface`. Its self-attention is
-            restricted; cross-attention always follows the model's own rule.
-        policy: "dense" (the model's own rule only), a `Pattern`, or a `Selector`. Positions in a pattern are those of
-            the sequence, whatever the cache holds: with left padding they count from each row's first real token.
-        layers: layer numbers to restrict (`module.layer_idx`; for modules without one, their order in the model).
-            In an encoder-decoder model they count within each stack. Default: all. The others run the model's own rule.
+        model: a transformers model whose attention dispatches through `AttentionInterface`. Its
+            self-attention is restricted; cross-attention always follows the model's own rule.
+        policy: "dense" (the model's own rule only), a `Pattern`, or a `Selector`. Positions in a pattern are
+            those of the sequence, whatever the cache holds: with left padding they count from each row's
+            first real token.
+        layers: layer numbers to restrict (`module.layer_idx`; for modules without one, their order in the
+            model). In an encoder-decoder model they count within each stack. Default: all. The others run the
+            model's own rule.
         heads: query heads to restrict; the others run the model's own rule. Default: all.
-        phase: "prefill" (several queries, or the first token), "decode" (one query on a filled cache) or "both".
+        phase: "prefill" (several queries, or the first token), "decode" (one query on a filled cache) or
+            "both".
         engine: passed to `foveate.attention`.
 
     Returns:
@@ -61,11 +64,12 @@ def apply(
 
     Raises:
         TypeError: not a transformers model, or a policy of another kind.
-        ValueError: the model cannot switch its attention (the message says why), a policy is already applied to it (remove
-            that one first: policies do not nest), or an argument is out of range.
+        ValueError: the model cannot switch its attention (the message says why), a policy is already applied
+            to it (remove that one first: policies do not nest), or an argument is out of range.
 
-    Keyword arguments that a model passes to its attention are honoured (soft-cap, learned sinks, position bias, packed
-    sequence lengths), known to be without effect, or refused with a ValueError at the call; none is dropped.
+    Keyword arguments that a model passes to its attention are honoured (soft-cap, learned sinks, position
+    bias, packed sequence lengths), known to be without effect, or refused with a ValueError at the call; none
+    is dropped.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> import torch, foveate as fv
@@ -96,7 +100,8 @@ def apply(
     for path, module, _, _ in found:
         if module in SITES:
             raise ValueError(
-                f"a policy is already applied to {type(model).__name__} (module {path}); call its .remove() first"
+                f"a policy is already applied to {type(model).__name__} (module {path}); "
+                "call its .remove() first"
             )
     wanted = _numbers("layers", layers)
     known = {layer for _, _, layer, _ in found}
@@ -195,10 +200,12 @@ class Handle:
             site.tally = Tally()
 
     def check(self, inputs: Mapping[str, Any] | Tensor, *, tolerance: float | None = None) -> Check:
-        """Compare the model with its eager attention and through foveate with the dense policy (the full budget).
+        """Compare the model with its eager attention and through foveate with the dense policy (the full
+        budget).
 
-        It proves that the model's masks, scales, soft-caps, sinks and biases are understood, on these inputs, before any
-        restriction. The policy stays in force; counts are not touched; dropout is off during the check.
+        It proves that the model's masks, scales, soft-caps, sinks and biases are understood, on these inputs,
+        before any restriction. The policy stays in force; counts are not touched; dropout is off during the
+        check.
 
         Args:
             inputs: what the model takes: token ids, or a mapping such as a tokenizer returns.
@@ -233,8 +240,9 @@ class Handle:
         result = Check(worst, float(error.mean()), int(keep.sum()), name, limit)
         if not worst <= limit:
             raise CheckError(
-                f"{self._name}: {name} differs from eager attention by up to {worst:.3g} on {result.positions} positions "
-                f"(tolerance {limit:.3g}); this model's attention is not reproduced, do not trust a policy on it"
+                f"{self._name}: {name} differs from eager attention by up to {worst:.3g} on "
+                f"{result.positions} positions (tolerance {limit:.3g}); this model's attention is not "
+                "reproduced, do not trust a policy on it"
             )
         return result
 
@@ -257,8 +265,8 @@ _HELD: dict[int, _Held] = {}
 
 
 class _Switch:
-    """Sets the implementation name on the configs of a model and restores it. Configs may be shared between models,
-    so the first user stores the previous name and the last one restores it."""
+    """Sets the implementation name on the configs of a model and restores it. Configs may be shared between
+    models, so the first user stores the previous name and the last one restores it."""
 
     def __init__(self, model: PreTrainedModel):
         self._configs = _configs(model)
@@ -269,7 +277,7 @@ class _Switch:
     def on(self) -> None:
         model = self._model()
         assert model is not None
-        for config, before in zip(self._configs, self._before):
+        for config, before in zip(self._configs, self._before, strict=True):
             held = _HELD.setdefault(id(config), _Held(config, before, 0))
             held.users += 1
         self._is_on = True
@@ -303,7 +311,8 @@ class _Switch:
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every config object that decides an implementation: of the model, its submodels, and their sub-configs."""
+    """Every config object that decides an implementation: of the model, its submodels, and their
+    sub-configs."""
     found: dict[int, Any] = {}
     waiting = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while waiting:

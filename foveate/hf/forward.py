@@ -93,11 +93,12 @@ def forward(
 ) -> tuple[Tensor, None]:
     """Attention of one module: its model's own rule AND the policy applied to it.
 
-    A module that no `apply()` knows (another model that shares the same config object, or a copy) runs its model's own
-    rule, densely: a policy belongs to the model object that it was given.
+    A module that no `apply()` knows (another model that shares the same config object, or a copy) runs its
+    model's own rule, densely: a policy belongs to the model object that it was given.
 
     Args:
-        query: (B, H, Q, D); key: (B, Hkv, K, D); value: (B, Hkv, K, Dv). Rotary embedding and cache are already done.
+        query: (B, H, Q, D); key: (B, Hkv, K, D); value: (B, Hkv, K, Dv). Rotary embedding and cache are
+            already done.
         attention_mask: a `RuleMask`, None, bool (B|1, H|1, Q, K) with True = may attend, or additive floats.
 
     Returns:
@@ -161,8 +162,8 @@ def _mask(
         rule = mask.rule
         if (rule.q_len, rule.kv_len) != (n, m) or rule.batch not in (1, query.shape[0]):
             raise ValueError(
-                f"{owner}: the model's mask rule is for batch {rule.batch}, {rule.q_len} queries and {rule.kv_len} keys, "
-                f"but the layer has batch {query.shape[0]}, {n} queries and {m} keys. "
+                f"{owner}: the model's mask rule is for batch {rule.batch}, {rule.q_len} queries and "
+                f"{rule.kv_len} keys, but the layer has batch {query.shape[0]}, {n} queries and {m} keys. "
                 "Caches with a different length per layer are not supported"
             )
         return rule, None, None
@@ -182,7 +183,8 @@ def _mask(
 
 
 def _no_mask(batch: int, n: int, m: int, causal: bool, device: torch.device) -> Rule:
-    """No mask means, as for `sdpa`: causal from the first key when there are several queries, else everything."""
+    """No mask means, as for `sdpa`: causal from the first key when there are several queries, else
+    everything."""
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
     function: Callable[..., Any] = causal_mask_function if causal and n > 1 else bidirectional_mask_function
@@ -196,7 +198,8 @@ def _packed(rule: Rule | None, cu_q: Tensor | None, cu_k: Tensor | None, owner: 
 
     if rule is None:
         raise ValueError(f"{owner}: cu_seq_lens together with a ready-made 4-D mask is not supported")
-    assert cu_q is not None and cu_k is not None
+    assert cu_q is not None
+    assert cu_k is not None
     if rule.batch != 1 or rule.q_offset or rule.kv_offset:
         raise ValueError(f"{owner}: cu_seq_lens needs batch size 1 and no cache, got batch {rule.batch}")
     q_ids, k_ids = document_ids(cu_q, rule.q_len), document_ids(cu_k, rule.kv_len)

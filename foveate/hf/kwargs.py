@@ -1,4 +1,5 @@
-"""What a model passes to its attention function besides q, k, v and the mask: honoured, known to be harmless, or refused."""
+"""What a model passes to its attention function besides q, k, v and the mask: honoured, known to be harmless,
+or refused."""
 
 from __future__ import annotations
 
@@ -90,8 +91,8 @@ def read(kwargs: dict[str, Any], owner: str) -> Extras:
             raise ValueError(f"{owner}: keyword {name!r} cannot be honoured: {REFUSED[name]}")
         else:
             raise ValueError(
-                f"{owner}: unknown attention keyword {name!r} = {_short(value)}; it may change the result, so it is not "
-                f"dropped. Honoured: softcap, s_aux, sinks, position_bias, cu_seq_lens_q, cu_seq_lens_k. "
+                f"{owner}: unknown attention keyword {name!r} = {_short(value)}; it may change the result, "
+                f"so it is not dropped. Honoured: softcap, s_aux, sinks, position_bias, cu_seq_lens_q, cu_seq_lens_k. "
                 f"Without effect: {', '.join(sorted(HARMLESS))}"
             )
     if (cu_q is None) != (cu_k is None):
@@ -102,7 +103,8 @@ def read(kwargs: dict[str, Any], owner: str) -> Extras:
 
 
 def with_bias(extras: Extras, start: int, stop: int, additive: Tensor | None) -> tuple[Score, ...]:
-    """All scores of the call for keys [start, stop): the model's, its position bias, the mask's finite values."""
+    """All scores of the call for keys [start, stop): the model's, its position bias, the mask's finite
+    values."""
     scores = extras.scores
     for bias in (extras.bias, additive):
         if bias is not None:

@@ -1,4 +1,5 @@
-"""What one attention call executes: the keys it uses and the pairs among them. Made once per forward and rule."""
+"""What one attention call executes: the keys it uses and the pairs among them. Made once per forward and
+rule."""
 
 from __future__ import annotations
 
@@ -199,7 +200,8 @@ def row_layout(rows: np.ndarray) -> BlockLayout:
 
 
 def mask_plan(allowed: Tensor, policy: Pattern | None, heads: HeadSet | None) -> Plan:
-    """A ready-made mask, bool (B|1, H|1, Q, K), AND a policy. The last query is taken to sit at the last key."""
+    """A ready-made mask, bool (B|1, H|1, Q, K), AND a policy. The last query is taken to sit at the last
+    key."""
     n, m = allowed.shape[2], allowed.shape[3]
     layout = BlockLayout.from_mask(allowed)
     own = mean_area(layout)
@@ -210,7 +212,8 @@ def mask_plan(allowed: Tensor, policy: Pattern | None, heads: HeadSet | None) ->
 
 
 def split_additive(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Float mask -> (allowed, finite values to add or None). Values below half the smallest float mean "never"."""
+    """Float mask -> (allowed, finite values to add or None). Values below half the smallest float mean
+    "never"."""
     allowed = mask > torch.finfo(mask.dtype).min / 2
     rest = torch.where(allowed, mask, torch.zeros((), dtype=mask.dtype, device=mask.device))
     return allowed, rest if bool((rest != 0).any()) else None

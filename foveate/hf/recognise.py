@@ -1,8 +1,9 @@
 """From the mask functions of transformers to patterns whose tiles have a closed form.
 
-transformers composes its masks from a handful of closures (`causal_mask_function`, `sliding_window_overlay(w)`,
-`and_masks(...)`, ...). They are identified by name and module and their parameters are read from the closure. What is not
-identified stays a function, evaluated element by element: slower to lay out, equally exact.
+transformers composes its masks from a handful of closures (`causal_mask_function`,
+`sliding_window_overlay(w)`, `and_masks(...)`, ...). They are identified by name and module and their
+parameters are read from the closure. What is not identified stays a function, evaluated element by element:
+slower to lay out, equally exact.
 """
 
 from __future__ import annotations
@@ -174,10 +175,11 @@ def _lower(function: Callable[..., Any], window: Window, vmap: bool, device: tor
             return None
         whole = parts[0]
         for part in parts[1:]:
-            assert whole is not None and part is not None
+            assert whole is not None
+            assert part is not None
             whole = whole | part
         return whole
-    return RuleFunction(function, window.q_offset, window.kv_offset, window.rows, vmap, device)
+    return RuleFunction(function, window.q_offset, window.kv_offset, window.rows, vmap, str(device))
 
 
 def _all(function: Callable[..., Any], window: Window, vmap: bool, device: torch.device) -> Pattern | None:
@@ -194,10 +196,11 @@ def _groups(ids: Tensor, window: Window) -> Pattern | None:
 
 
 def _without_remaps(function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Conjuncts, with rules on per-sequence positions rewritten to rules on plain positions where that is the same.
+    """Conjuncts, with rules on per-sequence positions rewritten to rules on plain positions where that is the
+    same.
 
-    Packed sequences arrive as `same_sequence(q, k) & rule(position[q], position[k])`. Within a sequence positions rise
-    by one, so a rule that depends only on distance gives the same answer on plain indices.
+    Packed sequences arrive as `same_sequence(q, k) & rule(position[q], position[k])`. Within a sequence
+    positions rise by one, so a rule that depends only on distance gives the same answer on plain indices.
     """
     parts = conjuncts(function)
     packs = [

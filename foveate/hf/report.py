@@ -13,7 +13,8 @@ class LayerReport:
         path, layer, kind: module path in the model, layer number, "self" or "cross".
         calls, restricted: attention calls, and how many of them ran under the policy.
         tokens: query tokens, batch included.
-        density: executed pairs / pairs that the model's own rule allows, over all calls; 1.0 = nothing was left out.
+        density: executed pairs / pairs that the model's own rule allows, over all calls; 1.0 = nothing was
+            left out.
         nbytes: largest layout of one call, in bytes (0 when full, causal or a slice needed none).
     """
 
@@ -73,7 +74,10 @@ class Report:
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
         def line(row: tuple[str, ...]) -> str:
-            cells = [c.ljust(w) if i in (1, 7) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+            cells = [
+                c.ljust(w) if i in (1, 7) else c.rjust(w)
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ]
             return "  ".join(cells).rstrip()
 
         out = [

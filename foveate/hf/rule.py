@@ -1,12 +1,12 @@
 """The mask of a transformers model as a *rule* that occupies no memory.
 
-transformers lets an attention implementation bring its own mask builder. Ours returns a `RuleMask`: a `torch.Tensor`
-of shape (B, 1, Q, K) whose storage is one byte (all strides are 0) and which carries the arguments of the builder. Models
-hand it through their layers unread, caches and `generate()` see the tensor that they expect, and `foveate` reads the
-rule at the other end. Nothing N x N exists.
+transformers lets an attention implementation bring its own mask builder. Ours returns a `RuleMask`: a
+`torch.Tensor` of shape (B, 1, Q, K) whose storage is one byte (all strides are 0) and which carries the
+arguments of the builder. Models hand it through their layers unread, caches and `generate()` see the tensor
+that they expect, and `foveate` reads the rule at the other end. Nothing N x N exists.
 
-An operation on the mask that cannot be followed symbolically gives the ordinary boolean mask (True = may attend), as the
-`sdpa` implementation would have built it, within a size limit; above the limit it raises.
+An operation on the mask that cannot be followed symbolically gives the ordinary boolean mask (True = may
+attend), as the `sdpa` implementation would have built it, within a size limit; above the limit it raises.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Rule:
         if size > DENSE_LIMIT:
             raise ValueError(
                 f"the model computes with its attention mask, which would need {size} elements; "
-                f"the limit is {DENSE_LIMIT}. This model needs its own attention implementation at this length."
+                f"the limit is {DENSE_LIMIT}. Use the model's own attention at this length."
             )
         mask = sdpa_mask(
             batch_size=self.batch,

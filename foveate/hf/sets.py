@@ -1,4 +1,5 @@
-"""Patterns that only make sense inside a model: token groups per row, selected heads, moved origins, model functions."""
+"""Patterns that only make sense inside a model: token groups per row, selected heads, moved origins, model
+functions."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class SameGroup(Pattern):
 
     @cached_property
     def _runs(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """(B, N) and (B, M): number of the constant run of each place; whether all ids are >= 0 and never fall."""
+        """(B, N) and (B, M): number of the constant run of each place; whether all ids are >= 0 and never
+        fall."""
         counts, ordered = [], True
         for ids in self._ids:
             step = np.diff(ids, axis=1)
@@ -88,8 +90,8 @@ class RuleFunction(Pattern):
     """A mask function of a model for which no closed form is known, evaluated element by element.
 
     Args:
-        function: `f(b, h, q, kv) -> bool` on torch tensors of absolute positions; query i sits at i + q_offset, key j at
-            j + kv_offset. transformers evaluates its rules for one head, so h is 0.
+        function: `f(b, h, q, kv) -> bool` on torch tensors of absolute positions; query i sits at i +
+            q_offset, key j at j + kv_offset. transformers evaluates its rules for one head, so h is 0.
         rows: batch size.
         vmap: call through `torch.vmap` with scalars (for functions that do not broadcast).
     """
@@ -99,7 +101,7 @@ class RuleFunction(Pattern):
     kv_offset: int
     rows: int
     vmap: bool = False
-    device: torch.device = torch.device("cpu")
+    device: str = "cpu"
 
     @property
     def batch(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -180,9 +182,11 @@ class PerRow(Pattern):
 
 @dataclass(frozen=True)
 class Moved(Pattern):
-    """A pattern with another origin: inner query = query - q_shift, inner key = key - k_shift; nothing outside `inner`.
+    """A pattern with another origin: inner query = query - q_shift, inner key = key - k_shift; nothing
+    outside `inner`.
 
-    So the first real token of a left-padded row has position 0, and the key that a cache kept at index 0 its true one.
+    So the first real token of a left-padded row has position 0, and the key that a cache kept at index 0 its
+    true one.
 
     >>> from foveate.core.patterns import Sinks
     >>> Moved(Sinks(1), 1, 1, Extent(2, 2)).layout(3).to_dense()[0, 0].int().tolist()
@@ -240,7 +244,8 @@ class Moved(Pattern):
 
 @dataclass(frozen=True, eq=False)
 class Placed(Pattern):
-    """The pairs of a layout, as a pattern (one batch row of it): `Moved(Placed(layout), ...)` puts it elsewhere."""
+    """The pairs of a layout, as a pattern (one batch row of it): `Moved(Placed(layout), ...)` puts it
+    elsewhere."""
 
     layout_: Any  # BlockLayout
 
