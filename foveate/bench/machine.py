@@ -66,7 +66,9 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, with ``+changes`` if tracked files differ; None outside git."""
+    """Commit of the checkout this package runs from, with ``+changes`` if tracked files differ; None
+    outside git.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -87,8 +89,8 @@ def commit() -> str | None:
 def environment() -> dict[str, Any]:
     """Environment columns for a result, JSON-ready.
 
-    Keys: cpu, cores, threads (torch's intra-op pool), isa, memory_bytes, os, python, torch, transformers, numpy,
-    foveate, commit, date (UTC, ISO 8601).
+    Keys: cpu, cores, threads (torch's intra-op pool), isa, memory_bytes, os, python, torch, transformers,
+    numpy, foveate, commit, date (UTC, ISO 8601).
 
     >>> row = environment()
     >>> row["cores"] >= 1 and row["threads"] >= 1 and row["date"].endswith("+00:00")

@@ -1,15 +1,16 @@
 """Peak resident memory of one call, in this process.
 
-What is measured: the process's resident set at its highest while the call ran, minus its resident set just before.
-On Linux the kernel keeps that high-water mark (``VmHWM``) and resets it on request (``5`` written to
-``/proc/self/clear_refs``), so no sampling can miss a short peak. Before the call, free heap pages are handed back
-(``malloc_trim``), otherwise memory kept by the allocator from an earlier call would hide what this one needs.
-Where the mark cannot be reset, a thread samples the resident set every 2 ms (method ``"rss samples"``); where there
-is no ``/proc`` the figure is None (method ``"not measured"``), never a guess.
+What is measured: the process's resident set at its highest while the call ran, minus its resident set just
+before. On Linux the kernel keeps that high-water mark (``VmHWM``) and resets it on request (``5`` written to
+``/proc/self/clear_refs``), so no sampling can miss a short peak. Before the call, free heap pages are handed
+back (``malloc_trim``), otherwise memory kept by the allocator from an earlier call would hide what this one
+needs. Where the mark cannot be reset, a thread samples the resident set every 2 ms (method ``"rss
+samples"``); where there is no ``/proc`` the figure is None (method ``"not measured"``), never a guess.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -41,10 +42,8 @@ def _status_kib(field: str) -> int | None:
 
 def _trim() -> None:
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: nothing to hand back
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc: nothing to hand back
-        pass
 
 
 def _reset_mark() -> bool:
@@ -53,7 +52,9 @@ def _reset_mark() -> bool:
     except OSError:
         return False
     now, mark = _status_kib("VmRSS"), _status_kib("VmHWM")
-    return now is not None and mark is not None and mark <= now + 4096  # the reset took effect (4 MiB of slack)
+    return (
+        now is not None and mark is not None and mark <= now + 4096
+    )  # the reset took effect (4 MiB of slack)
 
 
 def _sampled(call: Callable[[], Any]) -> int:

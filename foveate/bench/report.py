@@ -1,0 +1,381 @@
+"""What a comparison leaves behind: a terminal table, one self-contained HTML page, one picture."""
+
+from __future__ import annotations
+
+import math
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.bench import mechanisms as mechs
+from foveate.bench.charts import Line, Point, lines, scatter, spread
+from foveate.bench.compare import describe_gate
+from foveate.bench.results import write_atomic
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+# -------------------- numbers
+
+
+def seconds(value: float | None) -> str:
+    """
+    >>> seconds(0.01234), seconds(0.5), seconds(12.0), seconds(200.0)
+    ('12.3 ms', '500 ms', '12.0 s', '3 min 20 s')
+    """
+    if value is None:
+        return "–"
+    if value < 0.1:
+        return f"{value * 1e3:.1f} ms"
+    if value < 1:
+        return f"{value * 1e3:.0f} ms"
+    if value < 90:
+        return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+    return f"{value // 60:.0f} min {value % 60:.0f} s"
+
+
+def size(value: float | None) -> str:
+    """
+    >>> size(3 << 20), size(None), size(5 << 30)
+    ('3.0 MiB', '–', '5.0 GiB')
+    """
+    if value is None:
+        return "–"
+    mib = value / 2**20
+    if mib >= 1024:
+        return f"{mib / 1024:.1f} GiB"
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """
+    >>> signed(0.0123), signed(-0.5), signed(0.0)
+    ('+0.012', '−0.500', '0.000')
+    """
+    text = f"{abs(value):.{digits}f}"
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else "−") + text
+
+
+def lost(bpb: dict[str, Any] | None, plain: bool = False) -> str:
+    """The paired difference with its interval, or a dash."""
+    if bpb is None or bpb["difference"] is None:
+        return "–"
+    d = bpb["difference"]
+    if d["low"] is None:
+        return signed(d["value"])
+    half = (d["high"] - d["low"]) / 2
+    return (
+        f"{signed(d['value'])} ±{half:.3f}"
+        if plain
+        else f"{signed(d['value'])} [{signed(d['low'])}, {signed(d['high'])}]"
+    )
+
+
+def label(name: str) -> str:
+    return mechs.TITLES.get(name, name)
+
+
+# -------------------- terminal
+
+
+def table(results: dict[str, Any]) -> Table:
+    """A rich table of all cells, at most 100 columns wide."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    model, text = results["identity"]["model"], results["identity"]["text"]
+    made = Table(
+        title=Text(f"{model['name']} on {text['name']}"),
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1),
+        collapse_padding=True,
+    )
+    made.add_column("mechanism", no_wrap=True)
+    for head in (
+        "tokens",
+        "density",
+        "prefill",
+        "speed-up",
+        "memory",
+        "bits/byte",
+        "lost vs dense",
+        "needle",
+    ):
+        made.add_column(head, justify="right", no_wrap=True)
+    last = None
+    for cell in results["cells"]:
+        if last is not None and cell["length"] != last:
+            made.add_section()
+        last = cell["length"]
+        bpb, needle = cell["bpb"], cell["needle"]
+        row = [
+            cell["mechanism"],
+            str(cell["length"]),
+            f"{cell['density']:.1%}",
+            seconds(cell["prefill"]["seconds"]),
+            f"{cell['prefill']['speedup']:.2f}×",
+            size(cell["memory"]["peak_bytes"]),
+            "–" if bpb is None else f"{bpb['value']:.3f}",
+            lost(bpb, plain=True),
+            "–" if needle is None else f"{needle['hits']}/{needle['n']}",
+        ]
+        made.add_row(*(Text(x) for x in row), style="dim" if cell["mechanism"] == "random" else "")
+    return made
+
+
+# -------------------- the page
+
+
+def headline(results: dict[str, Any]) -> list[str]:
+    """Two or three sentences that say what was found at the longest length."""
+    length = max(results["identity"]["settings"]["lengths"])
+    cells = {c["mechanism"]: c for c in results["cells"] if c["length"] == length}
+    dense = cells.get("dense")
+    if dense is None:
+        return []
+    out = []
+    clever = [c for n, c in cells.items() if n not in ("dense", "random")]
+    scored = [c for c in clever if c["bpb"] and c["bpb"]["difference"]]
+    if scored:
+        best = min(scored, key=lambda c: c["bpb"]["difference"]["value"])
+        text = (
+            f"At {length:,} tokens and {best['density']:.0%} of the causal pairs, {label(best['mechanism'])} kept "
+            f"the text best: {signed(best['bpb']['difference']['value'])} bits per byte against dense "
+            f"({dense['bpb']['value']:.3f}), at {best['prefill']['speedup']:.2f} times its prefill speed."
+        )
+        out.append(text)
+    control = cells.get("random")
+    if scored and control and control["bpb"] and control["bpb"]["difference"]:
+        mine = control["bpb"]["difference"]["value"]
+        worse = [label(c["mechanism"]) for c in scored if c["bpb"]["difference"]["value"] >= mine]
+        text = f"Random blocks of the same density lost {signed(mine)}"
+        text += f"; {', '.join(worse)} did no better." if worse else ", more than every mechanism."
+        out.append(text)
+    found = [c for c in clever if c["needle"]]
+    if dense["needle"] and found:
+        best = max(found, key=lambda c: c["needle"]["hits"])
+        text = (
+            f"Dense attention found {dense['needle']['hits']} of {dense['needle']['n']} needles; "
+            f"the best restriction, {label(best['mechanism'])}, {best['needle']['hits']}"
+        )
+        text += f", random blocks {control['needle']['hits']}." if control and control["needle"] else "."
+        out.append(text)
+    return out
+
+
+def off_density(cells: list[dict[str, Any]], asked: float) -> list[str]:
+    """Mechanisms whose measured density is more than a tenth away from what was asked."""
+    return [
+        c["mechanism"] for c in cells if c["mechanism"] != "dense" and abs(c["density"] / asked - 1) > 0.1
+    ]
+
+
+def _points(cells: list[dict[str, Any]], task: str) -> list[Point]:
+    out = []
+    for c in cells:
+        name, shown = c["mechanism"], c[task]
+        if shown is None:
+            continue
+        if task == "bpb":
+            d = shown["difference"] or {"value": 0.0, "low": None, "high": None}
+            y, low, high = d["value"], d["low"], d["high"]
+            note = f"{label(name)}: {lost(shown)} bits per byte, {c['prefill']['speedup']:.2f}× dense speed"
+        else:
+            y, low, high = shown["recall"], shown["low"], shown["high"]
+            note = (
+                f"{label(name)}: {shown['hits']} of {shown['n']}, {c['prefill']['speedup']:.2f}× dense speed"
+            )
+        out.append(
+            Point(
+                label(name),
+                c["prefill"]["speedup"],
+                y,
+                low,
+                high,
+                mechs.COLOURS.get(name, "#888888"),
+                name == "random",
+                note,
+            )
+        )
+    return out
+
+
+def _sections(results: dict[str, Any]) -> list[dict[str, Any]]:
+    made = []
+    for length in results["identity"]["settings"]["lengths"]:
+        cells = [c for c in results["cells"] if c["length"] == length]
+        if not cells:
+            continue
+        bpb, needle = _points(cells, "bpb"), _points(cells, "needle")
+        curves = [
+            Line(
+                label(c["mechanism"]),
+                c["bpb"]["difference"]["by_position"],
+                mechs.COLOURS.get(c["mechanism"], "#888888"),
+                c["mechanism"] == "random",
+            )
+            for c in cells
+            if c["bpb"] and c["bpb"]["difference"]
+        ]
+        x_title = "prefill speed relative to dense"
+        made.append(
+            {
+                "length": length,
+                "cells": cells,
+                "gates": [g for g in results["gates"] if g["length"] == length],
+                "bpb_chart": scatter(
+                    bpb,
+                    title=f"Bits per byte lost against speed at {length} tokens",
+                    x_title=x_title,
+                    y_title="bits per byte lost",
+                    flip=True,
+                )
+                if len(bpb) > 1
+                else None,
+                "needle_chart": scatter(
+                    needle,
+                    title=f"Needle recall against speed at {length} tokens",
+                    x_title=x_title,
+                    y_title="needles found",
+                    percent=True,
+                )
+                if len(needle) > 1
+                else None,
+                "position_chart": lines(
+                    curves,
+                    length,
+                    title=f"Bits per byte lost by position at {length} tokens",
+                    x_title="position in the window, tokens",
+                    y_title="bits per byte lost",
+                )
+                if curves
+                else None,
+                "off": off_density(cells, results["identity"]["settings"]["density"]),
+                "depths": next((c["needle"]["by_depth"] for c in cells if c["needle"]), []),
+            }
+        )
+    return made
+
+
+def html(results: dict[str, Any]) -> str:
+    """The whole report as one page: inline styles and pictures, no script, nothing loaded from anywhere."""
+    import jinja2
+
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters.update(seconds=seconds, size=size, signed=signed, lost=lost, label=label, gate=describe_gate)
+    longest = max((c["length"] for c in results["cells"]), default=0)
+    gallery = [c for c in results["cells"] if c["length"] == longest and c["picture"]]
+    return env.get_template("report.html.j2").render(
+        results=results,
+        settings=results["identity"]["settings"],
+        model=results["identity"]["model"],
+        text=results["identity"]["text"],
+        environment=results["environment"],
+        headline=headline(results),
+        sections=_sections(results),
+        gallery=gallery,
+        longest=longest,
+        about=mechs.ABOUT,
+        sources=mechs.SOURCES,
+        colours=mechs.COLOURS,
+        total=math.fsum(c["seconds"] for c in results["cells"]),
+    )
+
+
+# -------------------- the picture
+
+
+def tradeoff_png(results: dict[str, Any]) -> bytes:
+    """The trade-off at the longest length as a PNG (needs matplotlib, extra ``viz``)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    length = max(c["length"] for c in results["cells"])
+    cells = [c for c in results["cells"] if c["length"] == length]
+    panels = [(points, name) for name in ("bpb", "needle") if len(points := _points(cells, name)) > 1] or [
+        ([], "bpb")
+    ]
+    figure = Figure(figsize=(5.8 * len(panels), 3.8), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (points, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(axis, points, name)
+    model = results["identity"]["model"]
+    figure.suptitle(
+        f"{model['name']}, {length:,} tokens: what a quarter of the pairs costs, and saves"
+        if 0.2 <= results["identity"]["settings"]["density"] <= 0.3
+        else f"{model['name']}, {length:,} tokens: what restricting attention costs, and saves",
+        fontsize=11,
+        x=0.01,
+        ha="left",
+        weight="bold",
+    )
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
+    return buffer.getvalue()
+
+
+def _panel(axis: Any, points: list[Point], name: str) -> None:
+    for p in points:
+        face = "white" if p.control else p.colour
+        axis.scatter([p.x], [p.y], s=64, zorder=3, facecolor=face, edgecolor=p.colour, linewidth=1.6)
+        if p.low is not None and p.high is not None:
+            axis.vlines(p.x, p.low, p.high, color=p.colour, alpha=0.5, linewidth=1.4, zorder=2)
+    axis.set_xlabel("prefill speed relative to dense  (×, right is faster)", fontsize=9)
+    title = "bits per byte lost  (up is better)" if name == "bpb" else "needles found  (up is better)"
+    axis.set_title(title, fontsize=9.5, loc="left", color="#555555")
+    axis.tick_params(labelsize=8, length=0)
+    axis.grid(True, color="#e6e6e6", linewidth=0.8)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.margins(x=0.08, y=0.12)
+    if name == "bpb":
+        axis.invert_yaxis()
+    else:
+        axis.set_ylim(-0.05, 1.08)
+        axis.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    # names to the right of the panel, spread apart, each with a thin line to its point
+    low, high = sorted(axis.get_ylim())
+    share = [(p.y - low) / (high - low) for p in points]
+    top_down = name == "bpb"
+    places = spread([1 - v if top_down else v for v in share], 0.062, 0.02, 0.98)
+    for p, place in zip(points, places, strict=True):
+        at = (1.03, place)
+        axis.annotate(
+            "",
+            (p.x, p.y),
+            xytext=at,
+            textcoords="axes fraction",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
+        )
+        axis.text(1.04, place, p.label, transform=axis.transAxes, fontsize=8.5, va="center", color=p.colour)
+
+
+def write(results: dict[str, Any], directory: Path) -> list[Path]:
+    """Write ``report.html`` and, where matplotlib is installed, ``tradeoff.png``; returns the paths
+    written.
+    """
+    page = directory / "report.html"
+    write_atomic(page, html(results))
+    written = [page]
+    try:
+        picture = tradeoff_png(results)
+    except ModuleNotFoundError:
+        return written
+    write_atomic(directory / "tradeoff.png", picture)
+    return [*written, directory / "tradeoff.png"]
