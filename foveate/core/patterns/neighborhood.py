@@ -29,8 +29,8 @@ class Neighborhood(Boxes):
                      keys c' in [max(0, leader - k + 1), c]
 
     s = 1 is neighbourhood attention; s = k with k | L is blocked attention. "Faster Neighborhood Attention"
-    (2024), "Generalized Neighborhood Attention" (2025). Differs from the papers: any number of axes, and window
-    1 is accepted.
+    (2024), "Generalized Neighborhood Attention" (2025). Differs from the papers: any number of
+    axes, and window 1 is accepted.
 
     Args:
         shape: cells per axis.

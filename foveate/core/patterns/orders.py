@@ -26,7 +26,7 @@ class Order:
     * `tile_major(shape, tile)`: tiles of `tile` cells in row-major order, row-major inside each; tiles at
       the end of an axis that `tile` does not divide are smaller.
     * `hilbert(shape)`: along a Hilbert curve (Skilling's transform, 2004) of the smallest enclosing
-      power-of-two cube; cells outside the grid are skipped. Consecutive cells touch when the grid is that cube.
+      power-of-two cube; cells outside the grid are skipped. Consecutive cells touch when it is that cube.
     * `morton(shape)`: by interleaved bits of the coordinates (Z-order), for any grid; the last axis is
       least significant.
 
@@ -35,7 +35,7 @@ class Order:
     >>> morton((2, 4)).permutation.tolist()
     [0, 1, 4, 5, 2, 3, 6, 7]
     >>> hilbert((2, 2)).permutation.tolist()
-    [0, 2, 3, 1]
+    [0, 1, 3, 2]
     """
 
     name: str
@@ -105,7 +105,8 @@ class Order:
     def _moved(self, x: Tensor, dim: int, to: Tensor) -> Tensor:
         if x.shape[dim] != self.size:
             raise ValueError(
-                f"Order: dimension {dim} of x must have {self.size} tokens (grid {self.shape}), got {x.shape[dim]}"
+                f"Order: x must have {self.size} tokens along dimension {dim} (grid {self.shape}), "
+                f"got {x.shape[dim]}"
             )
         return x.index_select(dim, to.to(x.device))
 
