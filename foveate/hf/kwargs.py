@@ -92,8 +92,8 @@ def read(kwargs: dict[str, Any], owner: str) -> Extras:
         else:
             raise ValueError(
                 f"{owner}: unknown attention keyword {name!r} = {_short(value)}; it may change the result, "
-                f"so it is not dropped. Honoured: softcap, s_aux, sinks, position_bias, cu_seq_lens_q, cu_seq_lens_k. "
-                f"Without effect: {', '.join(sorted(HARMLESS))}"
+                "so it is not dropped. Honoured: softcap, s_aux, sinks, position_bias, cu_seq_lens_q, "
+                f"cu_seq_lens_k. Without effect: {', '.join(sorted(HARMLESS))}"
             )
     if (cu_q is None) != (cu_k is None):
         raise ValueError(f"{owner}: cu_seq_lens_q and cu_seq_lens_k must be given together")
