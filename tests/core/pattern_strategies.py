@@ -1,4 +1,4 @@
-"""Random patterns, expressions and lengths for hypothesis; brute-force truth that does not use the algebra."""
+"""Random patterns, expressions and lengths for hypothesis; a truth that does not use the algebra."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def arrays(draw, shape, low, high):
 
 def bools(draw, shape):
     seed = draw(st.integers(0, 2**31))
-    return torch.from_numpy(np.random.default_rng(seed).random(shape) < draw(st.sampled_from([0.05, 0.5, 0.97])))
+    return torch.from_numpy(
+        np.random.default_rng(seed).random(shape) < draw(st.sampled_from([0.05, 0.5, 0.97]))
+    )
 
 
 def orders(draw, shape):
@@ -140,7 +142,11 @@ def _grids(draw, n, m):
         axes = draw(st.lists(st.integers(-len(shape), len(shape) - 1), min_size=1, max_size=len(shape)))
         return P.Axial(shape, tuple(axes), order)
     if kind == "grid":
-        return P.Grid(shape, tuple(draw(st.sampled_from([g for g in range(1, x + 1) if x % g == 0])) for x in shape), order)
+        return P.Grid(
+            shape,
+            tuple(draw(st.sampled_from([g for g in range(1, x + 1) if x % g == 0])) for x in shape),
+            order,
+        )
     window = tuple(draw(st.integers(1, x)) for x in shape)
     if kind == "windows":
         return P.Windows(shape, window, tuple(draw(st.integers(0, w - 1)) for w in window), order=order)

@@ -50,7 +50,7 @@ def test_morton_by_hand():
         return sum(((x >> b & 1) << 2 * b) | ((y >> b & 1) << 2 * b + 1) for b in range(4))
 
     for shape in ((8, 8), (5, 3), (2, 9)):
-        want = sorted(((code(y, x), y * shape[1] + x) for y in range(shape[0]) for x in range(shape[1])))
+        want = sorted((code(y, x), y * shape[1] + x) for y in range(shape[0]) for x in range(shape[1]))
         assert morton(shape).permutation.tolist() == [cell for _, cell in want]
 
 

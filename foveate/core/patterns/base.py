@@ -525,10 +525,10 @@ def values(owner: str, name: str, data: Any, ndims: tuple[int, ...], kind: str =
         raise TypeError(f"{owner}: {name} must be {wanted}, got {type(data).__name__}")
     held = data if isinstance(data, Values) else Values(data)
     array = held.array
+    if array.size == 0:
+        raise ValueError(f"{owner}: {name} must not be empty, got shape {tuple(array.shape)}")
     if array.dtype.kind not in ("b" if kind == "bool" else "iu") or array.ndim not in ndims:
         raise TypeError(f"{owner}: {name} must be {wanted}, got {array.dtype} of shape {tuple(array.shape)}")
-    if 0 in array.shape:
-        raise ValueError(f"{owner}: {name} must not be empty, got shape {tuple(array.shape)}")
     return held if kind == "bool" or array.dtype == np.int64 else Values(array, np.int64)
 
 
