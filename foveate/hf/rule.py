@@ -107,6 +107,7 @@ def _dense(value: Any) -> Any:
 
 _SAME = {Tensor.contiguous, Tensor.detach, Tensor.clone, Tensor.requires_grad_}
 _SIZES = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__}
+_SIZES |= {Tensor.untyped_storage, Tensor.data_ptr, Tensor.storage_offset, Tensor.type}
 _SIZES |= {Tensor.ndimension, Tensor.element_size, Tensor.get_device, Tensor.stride, Tensor.is_contiguous}
 
 

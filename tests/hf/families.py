@@ -1,4 +1,5 @@
-"""Tiny random models of 15 families, and inputs for them. Two layers, 32 to 64 dimensions; nothing is downloaded."""
+"""Tiny random models of 15 families, and inputs for them. Two layers, 32 to 64 dimensions; nothing is
+downloaded."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def _gpt_oss():
 
 
 def _qwen3():
-    config = tf.Qwen3Config(**_GROUPED, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    config = tf.Qwen3Config(
+        **_GROUPED, head_dim=8, use_sliding_window=True, sliding_window=6, max_window_layers=1
+    )
     return tf.Qwen3ForCausalLM(config)
 
 
@@ -182,14 +185,20 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(_gemma3, "causal"),
     "gpt_oss": Family(_gpt_oss, "causal"),
     "qwen3": Family(_qwen3, "causal"),
-    "mistral": Family(lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GROUPED, sliding_window=6)), "causal"),
+    "mistral": Family(
+        lambda: tf.MistralForCausalLM(tf.MistralConfig(**_GROUPED, sliding_window=6)), "causal"
+    ),
     "phi3": Family(lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**_GROUPED)), "causal"),
-    "gpt_neox": Family(lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_TEXT, max_position_embeddings=128)), "causal"),
+    "gpt_neox": Family(
+        lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_TEXT, max_position_embeddings=128)), "causal"
+    ),
     "gpt2": Family(_gpt2, "causal"),
     "opt": Family(_opt, "causal"),
     "t5": Family(_t5, "encoder-decoder"),
     "bart": Family(_bart, "encoder-decoder"),
-    "bert": Family(lambda: tf.BertForMaskedLM(tf.BertConfig(**_TEXT, max_position_embeddings=128)), "encoder"),
+    "bert": Family(
+        lambda: tf.BertForMaskedLM(tf.BertConfig(**_TEXT, max_position_embeddings=128)), "encoder"
+    ),
     "vit": Family(_vit, "vision"),
     "modernbert": Family(_modernbert, "encoder", 3),
 }
@@ -207,14 +216,17 @@ def model(name: str) -> Any:
         made.set_attn_implementation("eager")
         with torch.no_grad():  # sharper attention than a fresh initialisation gives
             for key, parameter in made.named_parameters():
-                if key.rsplit(".", 1)[0].endswith(("q_proj", "k_proj", "query", "key", "qkv_proj", "c_attn", ".q", ".k")):
+                if key.rsplit(".", 1)[0].endswith(
+                    ("q_proj", "k_proj", "query", "key", "qkv_proj", "c_attn", ".q", ".k")
+                ):
                     parameter.mul_(2.0 if name == "t5" else 8.0)
         _cache[name] = made
     return _cache[name]
 
 
 def inputs(name: str, padded: bool = False, length: int = LENGTH, batch: int = 3) -> dict[str, torch.Tensor]:
-    """Random inputs of a family; padded ones have rows with no, some and much padding (left for causal models)."""
+    """Random inputs of a family; padded ones have rows with no, some and much padding (left for causal
+    models)."""
     kind = FAMILIES[name].kind
     generator = torch.Generator().manual_seed(5)
     if kind == "vision":

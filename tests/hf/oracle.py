@@ -1,6 +1,8 @@
-"""An independent definition of "the model's own rule AND a policy": plain softmax with a boolean mask per layer and head.
+"""An independent definition of "the model's own rule AND a policy": plain softmax with a boolean mask per
+layer and head.
 
-It shares nothing with foveate: transformers builds its dense `sdpa` mask, the policy is a function of absolute positions.
+It shares nothing with foveate: transformers builds its dense `sdpa` mask, the policy is a function of
+absolute positions.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def oracle(
     heads: Iterable[int] | None = None,
     phase: str = "both",
 ):
-    """`policy(i, j)`: may the query at position i see the key at position j (positions without left padding)?"""
+    """`policy(i, j)`: may the query at position i see the key at position j (positions without left
+    padding)?"""
     _state.update(policy=policy, layers=layers, heads=heads, phase=phase)
     before = model.config._attn_implementation
     model.set_attn_implementation("oracle")

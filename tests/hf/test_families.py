@@ -23,7 +23,9 @@ def test_dense_policy_gives_eager_logits(name, padded):
     report = handle.report()
     assert report.density == 1.0
     assert all(layer.calls == 1 and layer.restricted == 0 for layer in report.layers)
-    expected = families.FAMILIES[name].layers * (3 if families.FAMILIES[name].kind == "encoder-decoder" else 1)
+    expected = families.FAMILIES[name].layers * (
+        3 if families.FAMILIES[name].kind == "encoder-decoder" else 1
+    )
     assert len(report.layers) == expected
 
 
@@ -38,7 +40,8 @@ def test_check_agrees_on_padded_inputs(name):
 
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_attention_matters_in_these_models(name):
-    """If a policy did not change the logits by far more than the tolerance, the tests above would prove nothing."""
+    """If a policy did not change the logits by far more than the tolerance, the tests above would prove
+    nothing."""
     model, given = families.model(name), families.inputs(name)
     eager = families.outputs(model, given)
     with fv.hf.apply(model, fv.patterns.SlidingWindow(2)):

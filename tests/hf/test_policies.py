@@ -1,4 +1,5 @@
-"""What a policy executes, against an independent dense oracle; selection of layers, heads and phases; densities."""
+"""What a policy executes, against an independent dense oracle; selection of layers, heads and phases;
+densities."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ POLICIES = {
     "sinks": (SlidingWindow(4) | Sinks(2), lambda i, j: ((i - j < 4) & (j <= i)) | (j < 2)),
     "dilated": (Dilated(4, 3), lambda i, j: ((i - j) % 3 == 0) & (i - j < 12) & (j <= i)),
     "strided": (SlidingWindow(2) | (Causal() & Strided(5)), lambda i, j: (i - j < 2) | ((i - j) % 5 == 0)),
-    "global": (GlobalTokens([0, 3]) | SlidingWindow(3), lambda i, j: (i == 0) | (i == 3) | (j == 0) | (j == 3) | (i - j < 3)),
+    "global": (
+        GlobalTokens([0, 3]) | SlidingWindow(3),
+        lambda i, j: (i == 0) | (i == 3) | (j == 0) | (j == 3) | (i - j < 3),
+    ),
     "not": (~Sinks(1) | SlidingWindow(1), lambda i, j: (j >= 1) | (i == j)),
 }
 
@@ -85,7 +89,12 @@ def _per_head(i, j):
 def test_phases_in_generate(which, phase):
     policy, rule = POLICIES[which]
     model, given = families.model("llama"), families.inputs("llama", padded=True)
-    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     with oracle(model, rule, phase=phase):
         expected = model.generate(**given, **options)
     with fv.hf.apply(model, policy, phase=phase) as handle:
@@ -99,12 +108,19 @@ def test_phases_in_generate(which, phase):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 6}, {"use_cache": False}, {"num_beams": 2}],
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 6},
+        {"use_cache": False},
+        {"num_beams": 2},
+    ],
     ids=lambda o: "-".join(o) or "dynamic",
 )
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_every_cache_executes_the_same_policy(name, options):
-    """Absolute and relative parts of a policy mean the same whatever the cache keeps (Mistral's drops old keys)."""
+    """Absolute and relative parts of a policy mean the same whatever the cache keeps (Mistral's drops old
+    keys)."""
     policy, rule = POLICIES["sinks"]
     model, given = families.model(name), families.inputs(name, padded=True)
     with oracle(model, rule):
@@ -149,7 +165,8 @@ def test_a_padded_row_equals_the_row_alone(which):
 # ------------------------------------------------------------------------------------------- selectors
 @dataclass(frozen=True)
 class Similar(fv.selectors.Selector):
-    """Keys whose product with the query is positive, and the query's own: content based, element-wise, exact."""
+    """Keys whose product with the query is positive, and the query's own: content based, element-wise,
+    exact."""
 
     def layout(self, q, k, *, scale=None, is_causal=True):
         n, m = q.shape[2], k.shape[2]
