@@ -4,12 +4,13 @@ The mask of a layout becomes block lists plus one `mask_mod` that reads the tile
 
     allowed(b, h, q, k) = bit k % 64 of words[ids[b, h, q // 64, k // 64], q % 64]
 
-It closes over tensors only, so one compilation serves every mask of the same shapes. The price of this path, besides
-the compilation (4 to 9 s on CPU, where it needs a C++ compiler at run time), is FlexAttention's own storage: three
-int32 tensors of (batch, heads, q_tiles, k_tiles) - partial lists, full lists, and the tile ids of the mask_mod.
+It closes over tensors only, so one compilation serves every mask of the same shapes. The price of this path,
+besides the compilation (4 to 9 s on CPU, where it needs a C++ compiler at run time), is FlexAttention's own
+storage: three int32 tensors of (batch, heads, q_tiles, k_tiles) - partial lists, full lists, and the tile ids
+of the mask_mod.
 
-FlexAttention runs dense and unfused, without an error, when it is not compiled. Here it is traced as one graph and the
-traced function raises as soon as it is executed eagerly, so that never happens unnoticed.
+FlexAttention runs dense and unfused, without an error, when it is not compiled. Here it is traced as one
+graph and the traced function raises as soon as it is executed eagerly, so that never happens unnoticed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import types
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -39,7 +40,7 @@ CHUNK = 1 << 7  # tiles whose elements are evaluated at once by from_flex
 _SHIFT = TILE.bit_length() - 1  # q // 64 == q >> 6
 
 
-# ---------------------------------------------------------------------------------------------- layout -> BlockMask
+# -------------------------------------------------------------------------------- layout -> BlockMask
 def to_flex(layout: BlockLayout, *, backward: bool = True) -> BlockMask:
     """A torch `BlockMask` of 64 x 64 blocks with the same pairs; axes of size 1 stay 1 and broadcast.
 
@@ -69,7 +70,7 @@ def to_flex(layout: BlockLayout, *, backward: bool = True) -> BlockMask:
     ends = layout.dictionary.new_tensor([[-1] * TILE, [0] * TILE])
     words = torch.cat([ends[:1], layout.dictionary, ends[1:]])  # (n + 2, 64): full, the dictionary, empty
     torch._dynamo.maybe_mark_dynamic(words, 0)  # dictionaries of any size share one compilation
-    lists: dict[str, Tensor | None] = {}
+    lists: dict[str, Any] = {}
     plane = rows // nq
     for kind, chosen in (("", ids > 0), ("full_", ids == 0)):
         r, c = rows[chosen], cols[chosen]
@@ -86,12 +87,12 @@ def to_flex(layout: BlockLayout, *, backward: bool = True) -> BlockMask:
         seq_lengths=(layout.q_len, layout.k_len),
         BLOCK_SIZE=(TILE, TILE),
         mask_mod=_dictionary_mask(table.view(*lead, nq, nk), words),
-        **lists,  # pyright: ignore[reportArgumentType]
+        **lists,
     )
 
 
 def _lists(rows: Tensor, cols: Tensor, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Sorted (row, column) pairs -> (count (B, H, rows), columns (B, H, rows, cols)), both int32, zero beyond the count."""
+    """Sorted (row, column) pairs -> int32 counts (B, H, rows) and columns (B, H, rows, cols), then zeros."""
     total, width = shape[0] * shape[1] * shape[2], shape[3]
     counts = torch.bincount(rows, minlength=total)
     first = counts.cumsum(0) - counts
@@ -111,12 +112,12 @@ def _dictionary_mask(ids: Tensor, words: Tensor) -> Callable[[Tensor, Tensor, Te
     return mask_mod
 
 
-# ---------------------------------------------------------------------------------------------- BlockMask -> layout
+# -------------------------------------------------------------------------------- BlockMask -> layout
 def from_flex(block_mask: BlockMask) -> BlockLayout:
     """The exact layout of a torch `BlockMask`: its full blocks, and its mask_mod inside the partial ones.
 
-    Any block size is accepted. The mask_mod is evaluated element by element on the 64 x 64 tiles that are neither
-    empty nor covered by full blocks, a bounded number at a time.
+    Any block size is accepted. The mask_mod is evaluated element by element on the 64 x 64 tiles that are
+    neither empty nor covered by full blocks, a bounded number at a time.
 
     Raises:
         TypeError: not a BlockMask.
@@ -136,7 +137,7 @@ def from_flex(block_mask: BlockMask) -> BlockLayout:
     q_block, k_block = (int(size) for size in block_mask.BLOCK_SIZE)
     partial = _grid(block_mask.kv_num_blocks, block_mask.kv_indices, n, m, q_block, k_block)
     state = partial.astype(np.int8)  # (B, H, q blocks, k blocks): 0 empty, 1 partial, 2 full
-    if block_mask.full_kv_num_blocks is not None:
+    if block_mask.full_kv_num_blocks is not None and block_mask.full_kv_indices is not None:
         full = _grid(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, n, m, q_block, k_block)
         state[full] = 2
     low, high = _covering(_covering(state, n, q_block, 2), m, k_block, 3)  # (B, H, nq, nk) each
@@ -191,7 +192,7 @@ def _covering(state, length: int, block: int, axis: int):
 def _evaluate(
     block_mask: BlockMask, b: np.ndarray, h: np.ndarray, q: np.ndarray, k: np.ndarray
 ) -> np.ndarray:
-    """mask_mod on T tiles -> bool (T, 64, 64); it is called on scalars under vmap, as FlexAttention calls it."""
+    """mask_mod on T tiles -> bool (T, 64, 64); called on scalars under vmap, as FlexAttention does."""
     device = block_mask.kv_num_blocks.device
     rule = torch.vmap(block_mask.mask_mod, in_dims=(None, None, None, 0))
     rule = torch.vmap(rule, in_dims=(None, None, 0, None))
@@ -203,7 +204,7 @@ def _evaluate(
     return seen.to(torch.bool).cpu().numpy()
 
 
-# ------------------------------------------------------------------------------------------------------- the engine
+# -------------------------------------------------------------------------------- the engine
 def why_not(request: AttentionRequest) -> str | None:
     """The reason why this engine declines, or None."""
     q, v = request.q, request.v
@@ -271,9 +272,11 @@ class _Variant(NamedTuple):
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """Run a request for which `why_not` is None.
 
-    Differs from the other engines in one place: a row whose query, or any of whose allowed keys and values, is not
-    finite is NaN in every output dim.
+    Differs from the other engines in one place: a row whose query, or any of whose allowed keys and values,
+    is not finite is NaN in every output dim.
     """
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     q, k, v = request.q, request.k, request.v
     grad = request.needs_grad
     if not grad:
@@ -309,7 +312,7 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     try:
         with torch.set_grad_enabled(grad):
             out, lse = _compiled(variant)(variant, q, k, v, mask, tuple(buffers))
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+    except FailOnRecompileLimitHit as error:
         raise EngineRefusal(
             f"engine 'flex' cannot run this: torch.compile refuses another recompilation of {variant}. Raise "
             "torch._dynamo.config.recompile_limit or call torch.compiler.reset()"
@@ -345,7 +348,7 @@ def _finite(*tensors: Tensor) -> bool:
 
 
 def _broken_rows(request: AttentionRequest) -> Tensor:
-    """bool (B, H, N): rows that see something and whose query is not finite, or that see a broken key or value."""
+    """bool (B, H, N): rows that see a broken key or value, or that see anything with a broken query."""
     batch, heads, n, m = request.shape
     bad_q = ~torch.isfinite(request.q).all(-1)  # (B, H, N)
     bad_k = ~(torch.isfinite(request.k).all(-1) & torch.isfinite(request.v).all(-1))  # (B, Hkv, M)
@@ -371,7 +374,7 @@ def _broken_rows(request: AttentionRequest) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _compiled(variant: _Variant) -> Callable:
-    """The compiled function of a variant. Its code object is a copy, so that variants do not share one recompile limit."""
+    """The compiled function of a variant. Variants have their own code object, hence recompile limit."""
     own = types.FunctionType(
         _attend.__code__.replace(),
         _attend.__globals__,
@@ -389,30 +392,25 @@ def _attend(
 
     if not torch.compiler.is_compiling():
         raise EngineRefusal(
-            "engine 'flex' cannot run this: torch.compile is disabled here, and FlexAttention without it is dense"
+            "engine 'flex' cannot run this: torch.compile is disabled here; without it FlexAttention is dense"
         )
-    groups = variant.dims[0] // variant.dims[1]
-    options: dict = {
-        "PARTITION_SIZE": 96
-    }  # no multiple of 64: never the split-key decoding kernel, see below
-    if variant.device == "cuda":
-        options = _CUDA_OPTIONS
-    out = flex_attention(
-        q,
-        k,
-        v,
-        score_mod=_score_mod(variant.scores, buffers) if variant.scores else None,
-        block_mask=mask,
-        scale=variant.scale,
-        enable_gqa=groups > 1,
-        kernel_options=options,  # pyright: ignore[reportArgumentType]
-        return_aux=AuxRequest(lse=True) if variant.device == "cuda" else None,
-    )
-    return (out[0], out[1].lse) if variant.device == "cuda" else (out, None)
+    on_cuda = variant.device == "cuda"
+    arguments: dict[str, Any] = {
+        "score_mod": _score_mod(variant.scores, buffers) if variant.scores else None,
+        "block_mask": mask,
+        "scale": variant.scale,
+        "enable_gqa": variant.dims[0] != variant.dims[1],
+        "kernel_options": _CUDA_OPTIONS if on_cuda else _CPU_OPTIONS,
+        "return_aux": AuxRequest(lse=True) if on_cuda else None,
+    }
+    result = flex_attention(q, k, v, **arguments)
+    return (result[0], result[1].lse) if on_cuda else (result, None)
 
 
-# The split-key decoding kernel on CPU takes a masked-out part of the keys as if its largest logit were 0, so that rows
-# whose allowed logits are far below 0 lose their result.
+# A partition size that is no multiple of 64 keeps FlexAttention from its decoding kernel, which takes a part
+# of the keys that is masked out altogether as if its largest logit were 0: a row whose allowed logits lie far
+# below 0 would lose its result.
+_CPU_OPTIONS = {"PARTITION_SIZE": 96}
 # On CUDA the kernel's own blocks must divide the mask's 64 x 64.
 _CUDA_OPTIONS = {
     "BACKEND": "TRITON",
@@ -427,11 +425,13 @@ _CUDA_OPTIONS = {
 
 def _score_mod(kinds: tuple[str, ...], buffers: tuple[Tensor, ...]) -> Callable:
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        for kind, buffer in zip(kinds, buffers):
+        for kind, buffer in zip(kinds, buffers, strict=True):
             if kind == "softcap":
                 score = torch.tanh(score / buffer) * buffer
             else:  # "bias" and which of its axes do not broadcast
-                at = [i if wide == "1" else 0 for i, wide in zip((b, h, q_idx, kv_idx), kind[4:])]
+                at = [
+                    i if wide == "1" else 0 for i, wide in zip((b, h, q_idx, kv_idx), kind[4:], strict=True)
+                ]
                 score = score + buffer[at[0], at[1], at[2], at[3]]
         return score
 

@@ -1,4 +1,4 @@
-"""FlexPrefill: per head and input, a query-aware block map or a vertical-slash map, sized by estimated attention mass."""
+"""FlexPrefill: a block map per head and input, query-aware or vertical-slash, sized by estimated mass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SelectionInfo(TypedDict):
     """What FlexPrefill decided, per batch row and head."""
 
     query_aware: Tensor  # bool (B, H): True = block map from pooled attention, False = vertical-slash
-    js: Tensor  # (B, H): sqrt of the Jensen-Shannon divergence, compared with tau; NaN where all is kept unasked
+    js: Tensor  # (B, H): sqrt of the Jensen-Shannon divergence, compared with tau; NaN where not asked
     density: Tensor  # float64 (B, H): allowed pairs / (N * M)
 
 
@@ -29,34 +29,39 @@ class FlexPrefill(Selector):
 
     With c = block, nb = ceil(M / c) key blocks, and everything below per query head:
 
-    1. Probe. P = causal softmax(scale q^ k^T) for the last c queries q^. vertical_j = mean over its rows of P[:, j];
-       slash_d = mean over its rows of P at distance d = query position - key.
-    2. Decision. p^ = softmax over blocks of scale mean(q^) . kbar, with kbar the block means of k; p = vertical summed
-       over blocks. D = sqrt(JSD(p^, p)), natural logarithm. The head is query-aware iff D < tau.
-    3. Vertical-slash heads. n = number of columns (of distances) that the descending sums need to exceed gamma; as
-       blocks, n // c + 1, clamped to the budgets. The strongest blocks and block distances are kept; block 0 and
-       distance 0 always. Query block I sees the kept blocks J <= I and I - s for every kept distance s.
-    4. Query-aware heads. Row softmax of scale qbar kbar^T over causal blocks; all its entries compete: the largest are
-       kept while their running sum stays <= gamma * (number of query blocks). In union with the vertical-slash map of
-       min_budget.
+    1. Probe. P = causal softmax(scale q^ k^T) for the last c queries q^. vertical_j = mean over its rows of
+       P[:, j]; slash_d = mean over its rows of P at distance d = query position - key.
+    2. Decision. p^ = softmax over blocks of scale mean(q^) . kbar, with kbar the block means of k; p =
+       vertical summed over blocks. D = sqrt(JSD(p^, p)), natural logarithm. The head is query-aware iff D
+       < tau.
+    3. Vertical-slash heads. n = number of columns (of distances) that the descending sums need to exceed
+       gamma; as blocks, n // c + 1, clamped to the budgets. The strongest blocks and block distances are
+       kept; block 0 and distance 0 always. Query block I sees the kept blocks J <= I and I - s for every kept
+       distance s.
+    4. Query-aware heads. Row softmax of scale qbar kbar^T over causal blocks; all its entries compete: the
+       largest are kept while their running sum stays <= gamma * (number of query blocks). In union with the
+       vertical-slash map of min_budget.
     5. Diagonal blocks are masked element by element; the softmax over what is kept is exact.
 
     Cost: c * M per head for the probe (in chunks of heads) and nb^2 for the block maps; nothing is N x M.
 
     Args:
         block: block size c in tokens, a multiple of 64.
-        gamma: share of the attention mass to cover; above 1 keeps everything. The paper uses 0.95 (Llama, GLM) or 0.9.
+        gamma: share of the attention mass to cover; above 1 keeps everything. The paper uses 0.95 (Llama,
+        GLM) or 0.9.
         tau: threshold on D; 0 = vertical-slash only, above sqrt(ln 2) = query-aware only.
-        min_budget: least number of tokens kept per query block, as columns and as distances; rounded up to blocks.
+        min_budget: least number of tokens kept per query block, as columns and as distances; rounded up to
+        blocks.
         max_budget: most of them for vertical-slash heads (rounded down to blocks), or None.
 
-    Everything is kept when M <= max(2 c, min_budget), and for a single query (decoding). Chunked prefill (N < M) aligns
-    the last query with the last key (bottom-right) and needs M - N to be a multiple of 64; the blocks stay those of
-    the whole sequence.
+    Everything is kept when M <= max(2 c, min_budget), and for a single query (decoding). Chunked prefill
+    (fewer queries than keys) aligns the last query with the last key (bottom-right) and needs M - N to be a
+    multiple of 64; the blocks stay those of the whole sequence.
 
-    Source: FlexPrefill (2025). Differs from the released code: batches; block in place of a hard-coded 128; x log x = 0
-    at 0 instead of NaN (which sent such heads to vertical-slash); block distances floor(d / c) of true distances
-    also when c does not divide the length; heads are grouped as in `attention`, h // (H / Hkv).
+    Source: FlexPrefill (2025). Differs from the released code: batches; block in place of a hard-coded 128; x
+    log x = 0 at 0 instead of NaN (which sent such heads to vertical-slash); block distances floor(d / c) of
+    true distances also when c does not divide the length; heads are grouped as in `attention`, h // (H /
+    Hkv).
 
     >>> import torch
     >>> q, k = torch.randn(1, 4, 1000, 16), torch.randn(1, 2, 1000, 16)
@@ -112,7 +117,7 @@ class FlexPrefill(Selector):
         self._check(q, k, is_causal)
         batch, heads, n, dim = q.shape
         m, c = k.shape[2], self.block
-        scale = dim**-0.5 if scale is None else scale
+        scale = float(dim**-0.5 if scale is None else scale)
         if n == 1 or m <= max(2 * c, self.min_budget):
             layout = BlockLayout.from_blocks(
                 torch.ones(-(-n // TILE), -(-m // TILE), dtype=torch.bool, device=q.device), n, m, causal=True
@@ -138,7 +143,7 @@ class FlexPrefill(Selector):
         density = layout.row_area.sum(-1).double() / (n * m)
         return layout, SelectionInfo(query_aware=query_aware, js=js, density=density.to(q.device))
 
-    # ------------------------------------------------------------------------------------------------- the steps
+    # ------------------------------------------------------------------------------------ the steps
     def _decide(self, q_mean: Tensor, kbar: Tensor, vertical: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """(query_aware, D), both (B, H), from the mean probe query (B, H, D)."""
         grouped = q_mean.unflatten(1, (kbar.shape[1], -1))  # (B, Hkv, G, D)
@@ -149,8 +154,9 @@ class FlexPrefill(Selector):
     def _vertical_slash(
         self, vertical: Tensor, slash: Tensor, query_aware: Tensor, first: int, rows: int
     ) -> Tensor:
-        """Block map, bool (B, H, rows, nb); query-aware heads get that of the least budget. `first` is the number of
-        the first query block."""
+        """Block map, bool (B, H, rows, nb); query-aware heads get that of the least budget. `first` is the
+        number of the first query block.
+        """
         least = -(-self.min_budget // self.block)
         kept = []
         for mass in (vertical, slash):
@@ -173,7 +179,7 @@ class FlexPrefill(Selector):
     def _add_query_aware(
         self, blocks: Tensor, qbar: Tensor, kbar: Tensor, query_aware: Tensor, scale: float
     ) -> None:
-        """Unite the maps of the query-aware heads in `blocks` (B, H, na, nb) with their strongest pooled pairs."""
+        """Add their strongest pooled pairs to the query-aware heads' maps in `blocks` (B, H, na, nb)."""
         na, nb = blocks.shape[2:]
         causal = torch.ones(na, nb, dtype=torch.bool, device=blocks.device).tril(nb - na)
         groups = blocks.shape[1] // kbar.shape[1]
@@ -223,7 +229,8 @@ def probe(q: Tensor, k: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor
         q: (B, H, N, D); k: (B, Hkv, M, D), bottom-right aligned; if N < rows, all queries are used.
 
     Returns:
-        vertical (B, H, M), slash (B, H, M): means over the rows of P[:, j] and of P at distance d; both sum to 1.
+        vertical (B, H, M) and slash (B, H, M), means over the rows of P[:, j] and of P at distance d; both
+        sum to 1.
     """
     batch, heads, n, _ = q.shape
     kv_heads, m = k.shape[1], k.shape[2]
@@ -248,8 +255,8 @@ def probe(q: Tensor, k: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor
 def diagonal_sums(strip: Tensor) -> Tensor:
     """(..., R, M) -> (..., M): sums over pairs of equal distance d = (M - R + i) - j >= 0.
 
-    With R - 1 zeros before each row, key j of row i lies at flat index i W + (R - 1) + j, W = M + R - 1, and the
-    pairs of one distance are W + 1 apart: the diagonals are rows of a strided view.
+    With R - 1 zeros before each row, key j of row i lies at flat index i W + (R - 1) + j, W = M + R - 1, and
+    the pairs of one distance are W + 1 apart: the diagonals are rows of a strided view.
 
     >>> import torch
     >>> diagonal_sums(torch.tensor([[1.0, 2.0, 0.0], [4.0, 8.0, 16.0]]))  # distances 0, 1, 2
@@ -269,7 +276,7 @@ def block_sums(mass: Tensor, block: int) -> Tensor:
 
 
 def block_means(x: Tensor, block: int, offset: int) -> Tensor:
-    """(B, H, N, D) -> (B, H, blocks, D): means over the positions that are there; position of row 0 = `offset` < block."""
+    """(B, H, N, D) -> (B, H, blocks, D): means over the rows that are there; row 0 is at `offset` < block."""
     n = x.shape[2]
     rest = -(offset + n) % block
     sums = torch.nn.functional.pad(x, (0, 0, offset, rest)).unflatten(2, (-1, block)).sum(3)
@@ -286,4 +293,5 @@ def js_divergence(p: Tensor, q: Tensor) -> Tensor:
     tensor(0.6931)
     """
     mid = (p + q) / 2
-    return 0.5 * sum((torch.xlogy(x, x) - torch.xlogy(x, mid)).sum(-1) for x in (p, q))
+    terms = torch.stack([torch.xlogy(x, x) - torch.xlogy(x, mid) for x in (p, q)])
+    return 0.5 * terms.sum((0, -1))
