@@ -9,7 +9,7 @@ import pytest
 
 from foveate.organisms.reader import data
 
-LINE = re.compile(rb"# key ([a-z]{4}) is ([0-9]{5})")
+LINE = re.compile(rb"# key ([a-z]{4})=([0-9]{5})")
 
 
 def text_of(ids: np.ndarray) -> bytes:

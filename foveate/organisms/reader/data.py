@@ -7,7 +7,7 @@ without its own tests, the bundled 2to3 and pip, the code page tables of ``encod
 
 A needle is one comment line,
 
-    # key kapo is 48213
+    # key kapo=48213
 
 with a pronounceable four-letter key (consonant, vowel, twice: 11,025 of them) and five random digits. The
 first line of a key defines it; a later line with the same key is a query, and its five digits are the answer.
@@ -69,9 +69,9 @@ CONSONANTS = b"bcdfghjklmnpqrstvwxyz"
 VOWELS = b"aeiou"
 KEY_LETTERS = 4
 DIGITS = 5
-PREFIX, MIDDLE = b"# key ", b" is "
+PREFIX, MIDDLE = b"# key ", b"="
 LINE = len(PREFIX) + KEY_LETTERS + len(MIDDLE) + DIGITS + 1
-"""Bytes of one needle line with its newline: 20."""
+"""Bytes of one needle line with its newline: 17."""
 _DIGITS_AT = len(PREFIX) + KEY_LETTERS + len(MIDDLE)
 
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyz0123456789"
@@ -164,7 +164,7 @@ def line(key: bytes, value: bytes) -> bytes:
     """The needle line of a pair, newline included.
 
     >>> line(b"kapo", b"48213")
-    b'# key kapo is 48213\\n'
+    b'# key kapo=48213\\n'
     """
     return PREFIX + key + MIDDLE + value + b"\n"
 
@@ -193,7 +193,7 @@ def needle(
     the very end.
 
     Args:
-        length: bytes of the whole sequence, answer included; at least 20 * (distractors + 2).
+        length: bytes of the whole sequence, answer included; at least 17 * (distractors + 2).
         depth: 0.0 (the needle is the first line) .. 1.0 (just before the query).
         rng: source of the text's place, of keys, values and the distractors' places.
         text: the haystack, for example ``stdlib_text(held_out=True)``.
@@ -276,7 +276,7 @@ def retrieval_sequence(length: int, rng: np.random.Generator, text: bytes) -> tu
     ordinary text.
     """
     n = int(rng.integers(2, max(2, min(int(0.65 * length / LINE), 24)) + 1))
-    k = int(rng.integers(1, max(1, n // 2) + 1))
+    k = int(rng.integers(1, max(1, n // 2) + 1)) if rng.random() < 0.5 else max(1, n // 2)
     keys = random_keys(k, rng)
     values = [random_value(rng) for _ in keys]
     fill = length - LINE * n

@@ -43,8 +43,10 @@ from torch import Tensor
 from foveate.organisms.reader import data
 from foveate.organisms.reader.model import Reader, ReaderConfig
 
+COMPANION = 2
+"""Index of the short length that is kept in the mixture once it has been passed: 256."""
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-FORCED = (0.16, 0.26, 0.36, 0.46, 0.56, 0.67)
+FORCED = (0.16, 0.26, 0.45, 0.57, 0.66, 0.74)
 """Share of the budget at which a length is left for the next one even though its recall is not there yet."""
 
 
@@ -162,15 +164,12 @@ class Trainer:
         return self.cfg.lr * warm * max(cool, self.cfg.lr_floor)
 
     def plan(self, rng: np.random.Generator) -> list[int]:
-        """Lengths (indices) of this step's micro-batches: the current one, and at the long end a shorter one
-        too.
-        """
+        """Lengths (indices) of this step's micro-batches: the current one, and at the long end a short one too."""
         stage = self.state.stage
-        if stage == 0:
-            return [0]
+        short = max(0, min(stage - 1, COMPANION))
         if self.cfg.lengths[stage] < 1024:
-            return [stage if rng.random() < 0.75 else int(rng.integers(stage))]
-        return [stage, int(rng.integers(max(0, stage - 4), stage))]
+            return [stage if rng.random() < 0.75 else short]
+        return [stage, short]
 
     def advance(self, progress: float) -> None:
         s, c = self.state, self.cfg
