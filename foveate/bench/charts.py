@@ -80,6 +80,7 @@ class _Frame:
     """Axes of one panel; `x` and `y` map data to pixels."""
 
     left, right, top, bottom = 56, 118, 14, 44
+    inset = 12  # the outermost points do not sit on the frame
 
     def __init__(self, width: int, height: int, xs: list[float], ys: list[float], flip: bool) -> None:
         self.width, self.height, self.flip = width, height, flip
@@ -87,12 +88,12 @@ class _Frame:
 
     def x(self, value: float) -> float:
         share = (value - self.xs[0]) / (self.xs[-1] - self.xs[0])
-        return self.left + share * (self.width - self.left - self.right)
+        return self.left + self.inset + share * (self.width - self.left - self.right - 2 * self.inset)
 
     def y(self, value: float) -> float:
         share = (value - self.ys[0]) / (self.ys[-1] - self.ys[0])
         share = share if self.flip else 1 - share
-        return self.top + share * (self.height - self.top - self.bottom)
+        return self.top + self.inset + share * (self.height - self.top - self.bottom - 2 * self.inset)
 
     def axes(self, x_title: str, y_title: str, x_format, y_format) -> list[str]:
         x0, x1 = self.left, self.width - self.right

@@ -6,9 +6,9 @@ A *cell* is one mechanism at one length. Each is measured against dense in the s
   seconds are medians, `ratio` is the median over pairs of mechanism / dense, `speedup` its inverse. The
   mechanism's very first call, layout building included, is kept apart as `first_seconds`.
 - memory: resident memory one prefill adds at its highest point (`foveate.bench.memory`).
-- density: pairs the mechanism lets through over the pairs causal attention lets through, measured during a
-  forward and averaged over layers and heads; `tiles` is the same count in 64 x 64 tiles, which is what an
-  engine computes.
+- density: pairs the mechanism lets through over the pairs the model's own rule (causal, mostly) lets
+  through, measured during a forward over all layers and heads; `tiles` is the same count in 64 x 64 tiles,
+  against causal attention: what an engine computes.
 - bits per byte, on the same windows as dense, with the paired difference and its bootstrap interval.
 - needle recall by depth.
 
@@ -166,11 +166,13 @@ def run(
         for name in todo:
             dense = None if name == "dense" else results.cell("dense", length)
             cell = work.cell(name, plan, dense)
-            if name == "dense":
-                results.gates += work.gates(cell, plan)
+            closed = work.gates(cell, plan) if name == "dense" else []
+            results.gates += closed
             results.cells.append(_without_gated(cell, results.gates))
             results.save()
             listener.cell(results.cells[-1], len(results.cells), len(wanted))
+            for gate in closed:
+                listener.say(describe_gate(gate))
     results.finish()
     return results
 
@@ -206,12 +208,10 @@ class _Work:
                 raise CompareError(f"--lengths {length}: beyond the model's context of {context} tokens")
             self._windows(length, 1)
         try:
-            with hf.apply(self.subject.model, "dense", phase="prefill"):
-                pass
-        except (ValueError, TypeError) as error:
-            raise CompareError(
-                f"--model {self.settings.model}: its attention cannot be switched: {error}"
-            ) from error
+            with hf.apply(self.subject.model, "dense", phase="prefill") as handle:
+                handle.check(self._windows(min(self.settings.lengths), 1)[0].ids[None, : mechs.SHORTEST])
+        except (ValueError, TypeError, hf.CheckError) as error:
+            raise CompareError(f"--model {self.settings.model}: {error}") from error
         for length in self.settings.lengths:
             for name in self.settings.mechanisms:
                 try:
@@ -243,13 +243,14 @@ class _Work:
         built = mechs.policy(name, n, s.density, self.subject.shape, s.seed)
         if built.tune is not None:
             built = self._tuned(built, plan.ids)
-        first, watched = self._first_call(built.policy, plan.ids)
+        first, density, watched = self._first_call(built.policy, plan.ids)
         cell: dict[str, Any] = {
             "mechanism": name,
             "length": n,
             "policy": built.text,
             "parameters": built.parameters,
-            **watched.counts(),
+            "density": density,
+            "tiles": watched.tiles(),
             "picture": watched.picture(mechs.COLOURS[name]),
             "prefill": {"first_seconds": first, **self._prefill(name, built.policy, plan.ids, step)},
             "memory": self._memory(built.policy, plan.ids),
@@ -270,8 +271,8 @@ class _Work:
         for _ in range(built.tune.steps):
             middle = (low + high) / 2
             candidate = built.tune.make(middle)
-            _, watched = self._first_call(candidate.policy, ids)
-            if watched.counts()["density"] > self.settings.density:
+            _, density, _ = self._first_call(candidate.policy, ids)
+            if density > self.settings.density:
                 high = middle
             else:
                 low = middle
@@ -282,11 +283,13 @@ class _Work:
         self.subject.logits(ids, keep=1, use_cache=True)
         return time.perf_counter() - began
 
-    def _first_call(self, policy: Any, ids: torch.Tensor) -> tuple[float, mechs.Watched]:
+    def _first_call(self, policy: Any, ids: torch.Tensor) -> tuple[float, float, mechs.Watched]:
+        """Seconds of a forward that builds its layouts, the measured density, and what was laid out."""
         watched = mechs.Watched(policy, len(ids))
         mechs.forget_layouts()
-        with self._applied(watched.policy):
-            return self._forward(ids), watched
+        with self._applied(watched.policy) as handle:
+            seconds = self._forward(ids)
+            return seconds, handle.report().density, watched
 
     def _applied(self, policy: Any) -> Any:
         import foveate.hf as hf
@@ -296,9 +299,7 @@ class _Work:
     def _prefill(
         self, name: str, policy: Any, ids: torch.Tensor, step: Callable[[str, float], None]
     ) -> dict[str, Any]:
-        """Alternating dense and mechanism forwards; for dense itself, alternating with the model's own
-        attention.
-        """
+        """Alternate dense and mechanism forwards; dense itself alternates with the model's own attention."""
 
         def under(what: Any) -> float:
             if what is None:
@@ -410,8 +411,6 @@ class _Work:
                     "rule": "recall of",
                 }
             )
-        for gate in closed:
-            self.listener.say(describe_gate(gate))
         return closed
 
 

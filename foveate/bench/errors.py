@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 class CompareError(ValueError):
-    """Something the user can put right: a path, a name, a length. The message is one line, complete in
-    itself.
-    """
+    """Something the user can put right: a path, a name, a length. The message is one complete line."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -66,9 +66,7 @@ def version_of(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Commit of the checkout this package runs from, with ``+changes`` if tracked files differ; None
-    outside git.
-    """
+    """Commit of the checkout, with ``+changes`` if tracked files differ from it; None outside git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -238,9 +238,7 @@ def _fit(make: Callable[[int], Pattern], length: int, density: float, most: int 
 
 
 def _power_block(length: int, density: float) -> int:
-    """The largest block, 256 at most, that spends at most 85 % of the density on powers of two and the sink
-    block.
-    """
+    """The largest block up to 256 whose powers of two and sink take at most 85 % of the density."""
     for block in (256, 128, 64, 32, 16):
         least = Causal() & (PowerOfTwo(block) | Sinks(block))
         if length // block >= 16 and density_of(build_layout(least, length, length)) <= 0.85 * density:
@@ -285,7 +283,7 @@ class Watching(Selector):
 
 
 class Watched:
-    """A policy under observation during one forward: what share of the pairs and tiles it let through."""
+    """A policy under observation during one forward: the layouts it gave."""
 
     def __init__(self, policy: Any, length: int) -> None:
         self.length = length
@@ -300,17 +298,12 @@ class Watched:
         pattern: Pattern = Causal() if self._given == "dense" else self._given
         return [pattern.layout(self.length)]
 
-    def counts(self) -> dict[str, float]:
-        """``density`` (pairs) and ``tiles``, both relative to causal attention, averaged over calls and
-        heads.
-        """
+    def tiles(self) -> float:
+        """Listed tiles over those of causal attention, averaged over calls and heads."""
         seen = self.layouts()
         if not seen:
-            raise ValueError(
-                "the mechanism was never asked for a layout: the model did not call its attention"
-            )
-        tiles = [s.nnz / (s.batch * s.heads * causal_tiles(self.length)) for s in seen]
-        return {"density": float(np.mean([density_of(s) for s in seen])), "tiles": float(np.mean(tiles))}
+            raise ValueError("no layout was asked for: the model did not call its attention")
+        return float(np.mean([s.nnz / (s.batch * s.heads * causal_tiles(self.length)) for s in seen]))
 
     def picture(self, colour: str) -> str:
         """The layouts, averaged, as a picture."""

@@ -148,7 +148,8 @@ def headline(results: dict[str, Any]) -> list[str]:
     if scored:
         best = min(scored, key=lambda c: c["bpb"]["difference"]["value"])
         text = (
-            f"At {length:,} tokens and {best['density']:.0%} of the causal pairs, {label(best['mechanism'])} kept "
+            f"At {length:,} tokens and {best['density']:.0%} of the causal pairs, "
+            f"{label(best['mechanism'])} kept "
             f"the text best: {signed(best['bpb']['difference']['value'])} bits per byte against dense "
             f"({dense['bpb']['value']:.3f}), at {best['prefill']['speedup']:.2f} times its prefill speed."
         )
@@ -367,9 +368,7 @@ def _panel(axis: Any, points: list[Point], name: str) -> None:
 
 
 def write(results: dict[str, Any], directory: Path) -> list[Path]:
-    """Write ``report.html`` and, where matplotlib is installed, ``tradeoff.png``; returns the paths
-    written.
-    """
+    """Write ``report.html`` and, where matplotlib is installed, ``tradeoff.png``; returns their paths."""
     page = directory / "report.html"
     write_atomic(page, html(results))
     written = [page]

@@ -1,6 +1,4 @@
-"""The results file of a comparison: versioned, written whole after every cell, resumed only by the same
-settings.
-"""
+"""The results of a comparison: versioned, written whole after every cell, resumed by the same settings."""
 
 from __future__ import annotations
 

@@ -87,8 +87,7 @@ def _check_directory(spec: str) -> Path:
 
 
 def load_subject(spec: str, dtype: str = "float32") -> Subject:
-    """Load ``reader`` or a local transformers directory: no network, no code from the directory, safetensors
-    only.
+    """Load ``reader`` or a local transformers directory: no network, no foreign code, safetensors only.
 
     Raises:
         CompareError: no such directory, not a causal language model, no fast tokenizer, damaged files.
@@ -102,7 +101,7 @@ def load_subject(spec: str, dtype: str = "float32") -> Subject:
             model, tokenizer = organisms.load("reader")
         except (OSError, ValueError) as error:
             raise CompareError(f"--model reader: {error}") from error
-        fingerprint, path, by_bytes = _fingerprint(_reader_weights()), "reader", True
+        fingerprint, path, by_bytes = _fingerprint(organisms.path("reader")), "reader", True
     else:
         directory = _check_directory(spec)
         model, tokenizer = _load_directory(spec, directory, dtype)
@@ -132,12 +131,6 @@ def load_subject(spec: str, dtype: str = "float32") -> Subject:
     }
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     return Subject(facts["name"], model, tokenizer, by_bytes, context, Shape(heads, kv_heads), facts, keeps)
-
-
-def _reader_weights() -> Path:
-    import foveate.organisms.reader as reader
-
-    return Path(str(reader.__file__)).parent / "weights"
 
 
 def _load_directory(spec: str, directory: Path, dtype: str) -> tuple[Any, Any]:

@@ -37,9 +37,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids (n,) that end with the answer's ``answer_len`` tokens; ``depth`` 0.0 (start) .. 1.0 (just
-    before).
-    """
+    """Token ids (n,) whose last ``answer_len`` are the answer; ``depth`` 0.0 (start) .. 1.0 (just before)."""
 
     ids: torch.Tensor
     answer_len: int

@@ -55,9 +55,7 @@ def _read(path: Path) -> str:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise CompareError(
-                f"--text {path}: {size >> 20} MiB; at most {MAX_BYTES >> 20} MiB are read, give a smaller file"
-            )
+            raise CompareError(f"--text {path}: {size >> 20} MiB; at most {MAX_BYTES >> 20} MiB are read")
         return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise CompareError(f"--text {path}: not UTF-8 text (byte {error.start}: {error.reason})") from error
@@ -66,8 +64,7 @@ def _read(path: Path) -> str:
 
 
 def load_text(spec: str) -> Text:
-    """Load ``stdlib``, a file, or every text file of a directory (sorted by path, joined by a form feed
-    line).
+    """Load ``stdlib``, a file, or every text file of a directory (sorted by path, joined by form feeds).
 
     Raises:
         CompareError: nothing there, empty, not UTF-8, or more than 64 MiB.

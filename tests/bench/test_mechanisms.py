@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+
+from foveate.bench import mechanisms as mechs
+from foveate.bench.pictures import coverage
+from foveate.core.patterns import Causal
+from foveate.core.selectors.base import Selector
+
+STATIC = ("sliding_sinks", "dilated", "power", "shards", "random")
+SHAPE = mechs.Shape(8, 4)
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("length", [512, 1000, 2048])
+def test_every_static_mechanism_has_the_density_asked(name, length):
+    layout = mechs.policy(name, length, 0.25, SHAPE).policy.layout(length)
+    assert mechs.density_of(layout) == pytest.approx(0.25, rel=0.02)
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_mechanisms_are_causal_and_every_query_sees_itself(name):
+    dense = mechs.policy(name, 300, 0.4, SHAPE).policy.layout(300).to_dense()
+    assert not dense.triu(1).any()
+    assert dense.diagonal(dim1=-2, dim2=-1).all()
+
+
+@pytest.mark.parametrize("density", [0.15, 0.25, 0.5])
+def test_random_control_has_equal_density_in_whole_blocks_and_row_by_row(density):
+    n = 2048
+    clever = mechs.policy("sliding_sinks", n, density, SHAPE).policy.layout(n)
+    control = mechs.policy("random", n, density, SHAPE).policy.layout(n)
+    assert mechs.density_of(control) == pytest.approx(mechs.density_of(clever), rel=0.01)
+    mean = control.row_area[0].double().mean(0)
+    assert (mean - clever.row_area[0, 0]).abs().max() <= 64 * 64  # within one tile in each row
+    causal = Causal().layout(n)
+    assert len(control.dictionary) == len(causal.dictionary)  # whole blocks, cut by the diagonal alone
+
+
+def test_random_control_differs_by_seed_and_head():
+    n = 1024
+    one, two = (mechs.policy("random", n, 0.25, SHAPE, seed).policy.layout(n) for seed in (0, 1))
+    assert one != two
+    dense = one.to_dense()[0]
+    assert not (dense[0] == dense[1]).all()
+
+
+def test_a_density_out_of_reach_is_refused_with_the_range():
+    with pytest.raises(ValueError, match=r"density 3% cannot be reached; accepted \d+% to"):
+        mechs.policy("sliding_sinks", 256, 0.03, SHAPE)
+    with pytest.raises(ValueError, match="unknown mechanism 'windw'"):
+        mechs.policy("windw", 256, 0.25, SHAPE)
+
+
+def test_flexprefill_is_a_selector_with_a_knob():
+    built = mechs.policy("flexprefill", 512, 0.25, SHAPE)
+    assert isinstance(built.policy, Selector)
+    assert built.tune is not None
+    assert built.tune.make(0.5).parameters == {"gamma": 0.5}
+
+
+def test_names_titles_and_colours_are_complete():
+    for table in (mechs.TITLES, mechs.ABOUT, mechs.SOURCES, mechs.COLOURS):
+        assert tuple(table) == mechs.NAMES
+
+
+def test_coverage_is_the_mean_of_the_mask():
+    layout = mechs.policy("shards", 512, 0.25, SHAPE).policy.layout(512)
+    grid = coverage(layout)
+    exact = layout.to_dense()[0].double().mean(0).view(256, 2, 256, 2).mean((1, 3))
+    assert grid.shape == (256, 256)
+    assert abs(grid - exact.numpy()).max() < 1e-6
+    assert coverage(Causal().layout(64 * 300)).shape == (150, 150)  # several tiles per cell
