@@ -11,7 +11,7 @@ import torch
 import foveate as fv
 from foveate.core.layout import BlockLayout
 from foveate.core.selectors import flexprefill as module
-from foveate.core.selectors.flexprefill import FlexPrefill, diagonal_sums, probe
+from foveate.core.selectors.flexprefill import FlexPrefill, diagonal_sums, js_divergence, probe
 
 
 def tensors(batch, heads, kv_heads, n, m, dim, seed=0, sharp=3.0):
@@ -258,6 +258,14 @@ def test_a_probability_that_underflows_gives_a_distance():
     info = FlexPrefill(block=64, tau=1.0, min_budget=64).select(q, k)[1]
     assert torch.isfinite(info["js"]).all()
     assert info["query_aware"].all()
+
+
+def test_divergence_of_vanishing_probabilities():
+    p = torch.tensor([[0.0, 0.0, 1.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]], dtype=torch.float64)
+    q = torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64)
+    got = js_divergence(p, q).sqrt().tolist()
+    want = [oracle_js(a, b) for a, b in zip(p.tolist(), q.tolist(), strict=True)]
+    assert got == pytest.approx(want)
 
 
 def test_planted_heads_are_told_apart():

@@ -179,7 +179,10 @@ class FlexPrefill(Selector):
     def _add_query_aware(
         self, blocks: Tensor, qbar: Tensor, kbar: Tensor, query_aware: Tensor, scale: float
     ) -> None:
-        """Add their strongest pooled pairs to the query-aware heads' maps in `blocks` (B, H, na, nb)."""
+        """Add their strongest pooled pairs to the query-aware heads' maps in `blocks` (B, H, na, nb).
+
+        Only causal ones weigh anything; with gamma >= 1 the others come along and `select` masks them.
+        """
         na, nb = blocks.shape[2:]
         causal = torch.ones(na, nb, dtype=torch.bool, device=blocks.device).tril(nb - na)
         groups = blocks.shape[1] // kbar.shape[1]
@@ -190,8 +193,7 @@ class FlexPrefill(Selector):
             flat = torch.softmax(logits.masked_fill(~causal, -torch.inf), -1).flatten(1)
             strongest, order = flat.sort(-1, descending=True)
             taken = strongest.cumsum(-1, dtype=torch.float64) <= self.gamma * na
-            own = torch.zeros_like(taken).scatter(-1, order, taken).unflatten(1, (na, nb))
-            blocks[b, h] |= own & causal
+            blocks[b, h] |= torch.zeros_like(taken).scatter(-1, order, taken).unflatten(1, (na, nb))
 
     def _most(self) -> int:
         assert self.max_budget is not None
