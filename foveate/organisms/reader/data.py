@@ -300,20 +300,24 @@ def retrieval_sequence(length: int, rng: np.random.Generator, text: bytes) -> tu
 
 
 def repeat_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Real text with a comment line of random letters and digits that comes back: the plainest induction.
+    """Real text with comment lines of random letters and digits that come back: the plainest induction.
 
-    8 to 32 random characters, two to four times; in the later lines all but the first three are predicted
-    (REPEAT).
+    One to three strings of 8 to 32 characters, as many lines as fill 65 % of the bytes, at most 24. In a line that is
+    not the first of its string all but the first three characters are predicted (REPEAT).
     """
-    size = int(rng.integers(8, min(32, length // 2 - 6) + 1))
-    body = bytes(_ALPHABET[i] for i in rng.integers(len(_ALPHABET), size=size))
-    block = b"# " + body + b"\n"
-    n = int(rng.integers(2, max(2, min(4, int(0.65 * length / len(block)))) + 1))
-    first = np.full(len(block), IGNORE, np.int8)
+    size = int(rng.integers(8, min(32, length // 2 - 6) + 1)) + 3
+    n = max(2, min(24, int(0.65 * length / size)))
+    k = int(rng.integers(1, max(1, min(3, n // 2)) + 1))
+    letters = rng.integers(len(_ALPHABET), size=(k, size - 3))
+    blocks = [b"# " + bytes(_ALPHABET[i] for i in row) + b"\n" for row in letters]
+    first = np.full(size, IGNORE, np.int8)
     later = first.copy()
     later[5:-1] = REPEAT
-    at = np.sort(rng.integers(length - n * len(block) + 1, size=n))
-    return _weave(length, [(block, later if i else first) for i in range(n)], at, rng, text)
+    inserts, seen = [], set()
+    for i in rng.permutation(np.arange(n) % k).tolist():
+        inserts.append((blocks[i], later if i in seen else first))
+        seen.add(i)
+    return _weave(length, inserts, np.sort(rng.integers(length - n * size + 1, size=n)), rng, text)
 
 
 def text_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:

@@ -26,6 +26,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -358,7 +359,7 @@ def export(out: Path, folder: Path) -> None:
 
 
 def run(trainer: Trainer, log_every: int = 25) -> None:
-    """Train until the budget is used, logging JSON lines to log.jsonl and plain lines to stdout."""
+    """Train until the budget is used or SIGTERM arrives; JSON lines go to log.jsonl, plain lines to stdout."""
     cfg, out, first = trainer.cfg, trainer.out, trainer.rank == 0
     out.mkdir(parents=True, exist_ok=True)
 
@@ -374,6 +375,8 @@ def run(trainer: Trainer, log_every: int = 25) -> None:
     start = {"start": trainer.state.step, "parameters": sum(p.numel() for p in trainer.model.parameters())}
     start |= {"torch": torch.__version__, "python": sys.version.split()[0], "text_bytes": len(trainer.text)}
     emit(start | {"seed": cfg.seed, "hours": cfg.hours, "workers": trainer.world, "threads": cfg.threads})
+    stop: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     saved = evaluated = time.time()
     sums: dict[str, float] = {}
     n = 0
@@ -386,6 +389,7 @@ def run(trainer: Trainer, log_every: int = 25) -> None:
             sums[key] = sums.get(key, 0.0) + float(figures[key])
         grown = trainer.state.stage != stage
         done = trainer.agree(float(trainer.progress() >= 1.0))
+        stopped = trainer.agree(float(bool(stop)))
         if n == log_every or grown or done:
             emit(figures | {k: v / n for k, v in sums.items()})
             sums, n = {}, 0
@@ -399,8 +403,11 @@ def run(trainer: Trainer, log_every: int = 25) -> None:
         if first and (time.time() - saved > cfg.checkpoint_s or grown):
             trainer.save()
             saved = time.time()
+        if stopped:
+            break
     if first:
         trainer.save()
+    signal.signal(signal.SIGTERM, before)
 
 
 def _worker(rank: int, a: argparse.Namespace, store: str) -> None:
