@@ -14,7 +14,8 @@
 // the scores, two consecutive keys for the values. Without the instruction, tiles are widened to float32 on the way.
 //
 // Included by kernel_<isa>.cpp after it has defined, inside a namespace of its own:
-//   Vec (type), W (lanes), NK, NQ, NVS, NVO (register tile), load/store/zero/set1/bcast32/mul/add/sub/fma/vmax/mac,
+//   Vec (type), W (lanes), NK x 2 and NQ x 2 (register tiles), load/store/zero/set1/bcast32/mul/add/sub/fma/vmax,
+//   mac(a, b, c) = a b + c, mac_mem(p, b, c) = *p b + c,
 //   exp2v, select_bits(bits, x, otherwise), widen(bf16*), and PAIRS (1: mac works on bfloat16 pairs).
 #pragma once
 #include "foveate.h"
@@ -22,6 +23,7 @@
 
 #define FV_INLINE static inline __attribute__((always_inline))
 #define FV_UNROLL _Pragma("GCC unroll 16")
+#define FV_OPAQUE(p) __asm__("" : "+r"(p))  // keeps the compiler from deriving p anew
 
 static const float LOG2E = 1.44269504088896340736f;
 static const float LN2 = 0.69314718055994530942f;
@@ -53,26 +55,39 @@ struct Tile {
 // S[key][lane] for NK_ keys and NV_ vectors of queries; the running maximum is updated on the way.
 template <int NK_, int NV_, bool MASKED>
 FV_INLINE void score_block(const float* qt, const float* k, int64_t k_stride, int steps, float* s, float* top,
-                           const uint64_t* by_key, int first_lane, float factor, float cap) {
+                           const uint64_t* by_key, int first_lane, float factor) {
   Vec acc[NK_][NV_];
   FV_UNROLL for (int i = 0; i < NK_; ++i) FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = zero();
-  const float* row[NK_];
-  FV_UNROLL for (int i = 0; i < NK_; ++i) row[i] = k + i * k_stride;
-  for (int d = 0; d < steps; ++d) {
-    Vec q[NV_];
-    FV_UNROLL for (int j = 0; j < NV_; ++j) q[j] = load(qt + (int64_t)d * T + j * W);
-    FV_UNROLL for (int i = 0; i < NK_; ++i) {
-      Vec kb = bcast32(row[i] + d);
-      FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(kb, q[j], acc[i][j]);
-    }
+  // three rows share a pointer, [p], [p + stride], [p + 2 stride]: twelve pointers would not fit the registers
+  const float* row[(NK_ + 2) / 3];
+  FV_UNROLL for (int i = 0; i < (NK_ + 2) / 3; ++i) {
+    row[i] = k + 3 * i * k_stride;
+    FV_OPAQUE(row[i]);
   }
-  if (PAIRS || cap != 0.f) {  // q was packed unscaled
+#define FV_DEPTH(u)                                                                                   \
+  {                                                                                                   \
+    Vec q[NV_];                                                                                       \
+    FV_UNROLL for (int j = 0; j < NV_; ++j) q[j] = load(qt + (u) * T + j * W);                        \
+    FV_UNROLL for (int i = 0; i < NK_; ++i) {                                                         \
+      const float* p = row[i / 3] + (i % 3) * k_stride + (u);                                         \
+      if (i % 3 == 0) {                                                                               \
+        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac_mem(p, q[j], acc[i][j]);              \
+      } else {                                                                                        \
+        Vec kb = bcast32(p);                                                                          \
+        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(kb, q[j], acc[i][j]);                 \
+      }                                                                                               \
+    }                                                                                                 \
+  }
+  for (int d = 0; d < steps; d += 4) {  // steps is a multiple of 4; one loop, or the accumulators get spilled
+    FV_DEPTH(0) FV_DEPTH(1) FV_DEPTH(2) FV_DEPTH(3)
+    qt += 4 * T;
+    FV_UNROLL for (int i = 0; i < (NK_ + 2) / 3; ++i) row[i] += 4;
+  }
+#undef FV_DEPTH
+  if (PAIRS) {  // q was packed unscaled
     Vec f = set1(factor);
     FV_UNROLL for (int i = 0; i < NK_; ++i) FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mul(acc[i][j], f);
   }
-  if (cap != 0.f)
-    for (int i = 0; i < NK_; ++i)
-      for (int j = 0; j < NV_; ++j) acc[i][j] = mul(tanhv(mul(acc[i][j], set1(1.f / cap))), set1(cap * LOG2E));
   if (MASKED) {
     FV_UNROLL for (int i = 0; i < NK_; ++i) FV_UNROLL for (int j = 0; j < NV_; ++j)
       acc[i][j] = select_bits(by_key[i] >> (first_lane + j * W), acc[i][j], set1(NEG_INF));
@@ -87,22 +102,12 @@ FV_INLINE void score_block(const float* qt, const float* k, int64_t k_stride, in
   }
 }
 
-template <int NK_, bool MASKED>
-FV_INLINE void score_keys(const float* qt, const float* k, int64_t k_stride, int steps, float* s, float* top,
-                          const uint64_t* by_key, int v0, int v1, float factor, float cap) {
-  for (int v = v0; v < v1;) {
-    int nv = v1 - v < NVS ? v1 - v : NVS;
-    int lane = v * W;
-#define FV_CASE(n)                                                                                              \
-  case n:                                                                                                       \
-    score_block<NK_, (n) <= NVS ? (n) : NVS, MASKED>(qt + lane, k, k_stride, steps, s + lane, top + lane, by_key, \
-                                                     lane, factor, cap);                                         \
-    break;
-    switch (nv) { FV_CASE(1) FV_CASE(2) FV_CASE(3) FV_CASE(4) }
-#undef FV_CASE
-    v += nv;
-  }
-}
+// How many of the `left` keys (or queries) the next register tile takes: NK, but 16 go as 8 + 8, because a remainder
+// of 4 would leave the multipliers waiting for each other.
+FV_INLINE int group_of(int left, int most) { return left == 16 && most == 12 ? 8 : left < most ? left : most; }
+enum { MAX_GROUPS = 64 / (NK < 8 ? NK : 8) + 2 };
+
+#define FV_CASES_12(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
 
 // The vectors of queries in [0, nv) that see at least one of the keys.
 FV_INLINE void lane_range(const uint64_t* by_key, int keys, int nv, int* v0, int* v1) {
@@ -117,37 +122,73 @@ FV_INLINE void lane_range(const uint64_t* by_key, int keys, int nv, int* v0, int
   *v1 = (63 - __builtin_clzll(any)) / W + 1;
 }
 
-static __attribute__((noinline)) void score_tile(const float* qt, const Tile& tile, int steps, int nv, float* s, float* top, float factor,
-                              float cap) {
-  for (int c = 0; c < tile.keys; c += NK) {
-    int keys = tile.keys - c < NK ? tile.keys - c : NK;
-    const float* k = tile.k + c * tile.k_stride;
-    int v0 = 0, v1 = nv;
-    if (tile.partial) lane_range(tile.by_key + c, keys, nv, &v0, &v1);
-#define FV_CASE(n)                                                                                                  \
-  case n:                                                                                                           \
-    if (tile.partial)                                                                                               \
-      score_keys<(n) <= NK ? (n) : NK, true>(qt, k, tile.k_stride, steps, s + c * T, top, tile.by_key + c, v0, v1, factor, cap); \
-    else                                                                                                            \
-      score_keys<(n) <= NK ? (n) : NK, false>(qt, k, tile.k_stride, steps, s + c * T, top, nullptr, v0, v1, factor, cap); \
+template <int NK_, bool MASKED>
+FV_INLINE void score_keys(const float* qt, const float* k, int64_t k_stride, int steps, float* s, float* top,
+                          const uint64_t* by_key, int v, int nv, float factor) {
+  const int lane = v * W;
+  if (nv == 2)
+    score_block<NK_, 2, MASKED>(qt + lane, k, k_stride, steps, s + lane, top + lane, by_key, lane, factor);
+  else
+    score_block<NK_, 1, MASKED>(qt + lane, k, k_stride, steps, s + lane, top + lane, by_key, lane, factor);
+}
+
+static __attribute__((noinline)) void score_tile(const float* qt, const Tile& tile, int steps, int nv, float* s,
+                                                 float* top, float factor) {
+  for (int v = 0; v < nv; v += 2)  // two vectors of queries at a time: their part of Q^T stays in the first-level cache
+    for (int c = 0, keys; c < tile.keys; c += keys) {
+      keys = group_of(tile.keys - c, NK);
+      const float* k = tile.k + c * tile.k_stride;
+      int v0 = v, v1 = v + 2 < nv ? v + 2 : nv;
+      if (tile.partial) {
+        int lo, hi;
+        lane_range(tile.by_key + c, keys, nv, &lo, &hi);
+        v0 = lo > v0 ? lo : v0;
+        v1 = hi < v1 ? hi : v1;
+        if (v0 >= v1) continue;
+      }
+#define FV_CASE(n)                                                                                                    \
+  case n:                                                                                                             \
+    if (tile.partial)                                                                                                 \
+      score_keys<(n) <= NK ? (n) : NK, true>(qt, k, tile.k_stride, steps, s + c * T, top, tile.by_key + c, v0, v1 - v0, \
+                                             factor);                                                            \
+    else                                                                                                              \
+      score_keys<(n) <= NK ? (n) : NK, false>(qt, k, tile.k_stride, steps, s + c * T, top, nullptr, v0, v1 - v0,       \
+                                              factor);                                                           \
     break;
-    switch (keys) { FV_CASE(1) FV_CASE(2) FV_CASE(3) FV_CASE(4) FV_CASE(5) FV_CASE(6) }
+      switch (keys) { FV_CASES_12(FV_CASE) }
 #undef FV_CASE
+    }
+}
+
+// S -> cap tanh(S / cap) log2(e), apart from the register tile because few models need it.
+static __attribute__((noinline)) void softcap_pass(const Tile& tile, int nv, float* s, float* top, float factor, float cap) {
+  for (int v = 0; v < nv; ++v) {
+    Vec m = load(top + v * W);
+    for (int c = 0; c < tile.keys; ++c) {
+      if (tile.partial && !(tile.by_key[c] >> (v * W))) continue;  // may never have been computed; P is set to 0 there
+      Vec x = mul(tanhv(mul(load(s + c * T + v * W), set1(factor / cap))), set1(cap * LOG2E));
+      if (tile.partial) x = select_bits(tile.by_key[c] >> (v * W), x, set1(NEG_INF));
+      m = vmax(x, m);
+      store(s + c * T + v * W, x);
+    }
+    store(top + v * W, m);
   }
 }
 
 // ------------------------------------------------------------------------------------------- P = 2^(S - m), sums
 // In place; with PAIRS, rows (2i, 2i+1) become row i of bfloat16 pairs.
 static __attribute__((noinline)) void softmax_pass(const Tile& tile, int nv, float* s, const float* top, float* sum) {
-  int lo[T / NK + 1], hi[T / NK + 1];
+  int lo[MAX_GROUPS], hi[MAX_GROUPS];
   if (tile.partial)
-    for (int c = 0, g = 0; c < tile.keys; c += NK, ++g)
-      lane_range(tile.by_key + c, tile.keys - c < NK ? tile.keys - c : NK, nv, &lo[g], &hi[g]);
+    for (int c = 0, g = 0, keys; c < tile.keys; c += keys, ++g) {
+      keys = group_of(tile.keys - c, NK);
+      lane_range(tile.by_key + c, keys, nv, &lo[g], &hi[g]);
+    }
   for (int v = 0; v < nv; ++v) {
     float* column = s + v * W;
     Vec m = load(top + v * W), total = load(sum + v * W), held = zero();
-    for (int c = 0, g = 0; c < tile.keys; c += NK, ++g) {
-      int keys = tile.keys - c < NK ? tile.keys - c : NK;
+    for (int c = 0, g = 0, keys; c < tile.keys; c += keys, ++g) {
+      keys = group_of(tile.keys - c, NK);
       if (!tile.partial) {
         if (!PAIRS) {
           for (int i = c; i < c + keys; ++i) {
@@ -180,7 +221,12 @@ static __attribute__((noinline)) void softmax_pass(const Tile& tile, int nv, flo
         held = p;
       }
     }
-    if (PAIRS && (tile.keys & 1)) store(column + (tile.keys >> 1) * T, pair(held, zero()));
+    int row = tile.keys;
+    if (PAIRS) {
+      row = (tile.keys + 1) >> 1;
+      if (tile.keys & 1) store(column + (tile.keys >> 1) * T, pair(held, zero()));
+    }
+    for (; row & 3; ++row) store(column + row * T, zero());
     store(sum + v * W, total);
   }
 }
@@ -190,7 +236,7 @@ struct Span {
   const float* p;  // P^T of this tile
   const float* v;
   int64_t v_stride;
-  int k0, k1;  // key rows (or rows of pairs) that the query group sees
+  int k0, k1;  // key rows (or rows of pairs) that the query group sees, widened to multiples of 4
 };
 
 template <int NQ_, int NV_>
@@ -203,39 +249,33 @@ FV_INLINE void value_block(float* out, int64_t out_stride, const float* alpha, c
   for (int n = 0; n < count; ++n) {
     const float* p = spans[n].p + q + (int64_t)spans[n].k0 * T;
     const float* v = spans[n].v + col + spans[n].k0 * spans[n].v_stride;
-    for (int key = spans[n].k0; key < spans[n].k1; ++key, p += T, v += spans[n].v_stride) {
-      Vec row[NV_];
-      FV_UNROLL for (int j = 0; j < NV_; ++j) row[j] = load(v + j * W);
-      FV_UNROLL for (int i = 0; i < NQ_; ++i) {
-        Vec pb = bcast32(p + i);
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(pb, row[j], acc[i][j]);
-      }
+    const int64_t v_stride = spans[n].v_stride;
+#define FV_KEY(u)                                                                                     \
+  {                                                                                                   \
+    Vec row[NV_];                                                                                     \
+    FV_UNROLL for (int j = 0; j < NV_; ++j) row[j] = load(v + (u) * v_stride + j * W);                \
+    FV_UNROLL for (int i = 0; i < NQ_; ++i) {                                                         \
+      if (i % 3 == 0) {                                                                               \
+        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac_mem(p + (u) * T + i, row[j], acc[i][j]); \
+      } else {                                                                                        \
+        Vec pb = bcast32(p + (u) * T + i);                                                            \
+        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(pb, row[j], acc[i][j]);               \
+      }                                                                                               \
+    }                                                                                                 \
+  }
+    for (int left = spans[n].k1 - spans[n].k0; left > 0; left -= 4, p += 4 * T, v += 4 * v_stride) {
+      FV_KEY(0) FV_KEY(1) FV_KEY(2) FV_KEY(3)
     }
+#undef FV_KEY
   }
   FV_UNROLL for (int i = 0; i < NQ_; ++i) FV_UNROLL for (int j = 0; j < NV_; ++j) store(out + i * out_stride + j * W, acc[i][j]);
 }
 
-template <int NQ_>
-FV_INLINE void value_rows(float* out, int64_t out_stride, const float* alpha, const Span* spans, int count, int q,
-                          int vectors) {
-  for (int v = 0; v < vectors;) {
-    int nv = vectors - v < NVO ? vectors - v : NVO;
-    int col = v * W;
-#define FV_CASE(n) \
-  case n:          \
-    value_block<NQ_, (n) <= NVO ? (n) : NVO>(out + col, out_stride, alpha, spans, count, q, col); \
-    break;
-    switch (nv) { FV_CASE(1) FV_CASE(2) FV_CASE(3) FV_CASE(4) }
-#undef FV_CASE
-    v += nv;
-  }
-}
-
-static __attribute__((noinline)) void value_pass(float* out, int64_t out_stride, const float* alpha, const Tile* tiles, int count,
-                              const float* s, int queries, int vectors) {
-  for (int q = 0; q < queries; q += NQ) {
-    int rows = queries - q < NQ ? queries - q : NQ;
-    Span spans[STEP];
+static __attribute__((noinline)) void value_pass(float* out, int64_t out_stride, const float* alpha, const Tile* tiles,
+                                                 int count, const float* s, int queries, int vectors) {
+  Span spans[MAX_GROUPS][STEP];
+  for (int q = 0, g = 0, rows; q < queries; q += rows, ++g) {
+    rows = group_of(queries - q, NQ);
     for (int n = 0; n < count; ++n) {
       const Tile& tile = tiles[n];
       int k0 = 0, k1 = tile.keys;
@@ -247,15 +287,26 @@ static __attribute__((noinline)) void value_pass(float* out, int64_t out_stride,
         k1 = any ? 64 - __builtin_clzll(any) : 0;
       }
       if (PAIRS) k0 >>= 1, k1 = (k1 + 1) >> 1;
-      spans[n] = Span{s + n * T * T, tile.v, tile.v_stride, k0, k1};
+      k0 &= ~3, k1 = (k1 + 3) & ~3;  // the keys added have weight 0
+      spans[g][n] = Span{s + n * T * T, tile.v, tile.v_stride, k0, k1};
     }
-    float* o = out + q * out_stride;
-#define FV_CASE(n)                                                                              \
-  case n:                                                                                       \
-    value_rows<(n) <= NQ ? (n) : NQ>(o, out_stride, alpha + q, spans, count, q, vectors);       \
+  }
+  for (int v = 0; v < vectors; v += 2) {  // two vectors of value columns at a time, as for the scores
+    const int col = v * W;
+    const bool two = vectors - v >= 2;
+    for (int q = 0, g = 0, rows; q < queries; q += rows, ++g) {
+      rows = group_of(queries - q, NQ);
+      float* o = out + q * out_stride + col;
+#define FV_CASE(n)                                                                                    \
+  case n:                                                                                             \
+    if (two)                                                                                          \
+      value_block<(n) <= NQ ? (n) : NQ, 2>(o, out_stride, alpha + q, spans[g], count, q, col);        \
+    else                                                                                              \
+      value_block<(n) <= NQ ? (n) : NQ, 1>(o, out_stride, alpha + q, spans[g], count, q, col);        \
     break;
-    switch (rows) { FV_CASE(1) FV_CASE(2) FV_CASE(3) FV_CASE(4) FV_CASE(5) FV_CASE(6) }
+      switch (rows) { FV_CASES_12(FV_CASE) }
 #undef FV_CASE
+    }
   }
 }
 
@@ -302,6 +353,7 @@ FV_INLINE float as_float(const bf16* p) { return from_bf16(*p); }
 template <class E>
 static void pack_queries(const fv_forward_args& a, const E* q, int queries, float* qt) {
   const float factor = a.softcap != 0.f ? 1.f : a.scale * LOG2E;
+  for (int64_t n = (PAIRS ? (a.dim + 1) / 2 : a.dim) * T; n < up(PAIRS ? (a.dim + 1) / 2 : a.dim, 4) * T; ++n) qt[n] = 0.f;
   if (!PAIRS) {
     if (sizeof(E) == 4)
       transpose_in((const float*)(const void*)q, a.q_stride[2], queries, (int)a.dim, factor, qt);
@@ -346,32 +398,36 @@ static void open_tile(const fv_forward_args& a, const E* k, const E* v, int64_t 
   const int64_t dim = up(a.dim, 16), v_dim = up(a.v_dim, 16);
   if (PAIRS) {
     const uint16_t* kb = (const uint16_t*)(const void*)kt;
-    if (a.dim % 2 == 0 && a.k_stride[2] % 2 == 0 && ((uintptr_t)kb & 3) == 0) {
+    if (a.dim % 8 == 0 && a.k_stride[2] % 2 == 0 && ((uintptr_t)kb & 3) == 0) {
       tile.k = (const float*)(const void*)kb;
       tile.k_stride = a.k_stride[2] / 2;
     } else {
       uint32_t* to = (uint32_t*)(x.k + slot * T * dim);
-      for (int c = 0; c < tile.keys; ++c)
-        for (int64_t d = 0; d < a.dim; d += 2)
-          to[c * (dim / 2) + d / 2] = kb[c * a.k_stride[2] + d] |
-                                      (d + 1 < a.dim ? (uint32_t)kb[c * a.k_stride[2] + d + 1] << 16 : 0u);
+      for (int c = 0; c < tile.keys; ++c) {
+        const uint16_t* row = kb + c * a.k_stride[2];
+        for (int64_t d = 0; d < dim; d += 2)
+          to[c * (dim / 2) + d / 2] = (d < a.dim ? row[d] : 0u) | (d + 1 < a.dim ? (uint32_t)row[d + 1] << 16 : 0u);
+      }
       tile.k = (const float*)to;
       tile.k_stride = dim / 2;
     }
     const uint16_t* vb = (const uint16_t*)(const void*)vt;
     uint32_t* to = (uint32_t*)(x.v + slot * T * v_dim);
-    for (int c = 0; c < tile.keys; c += 2) {
-      const uint16_t* r0 = vb + c * a.v_stride[2];
-      const uint16_t* r1 = c + 1 < tile.keys ? r0 + a.v_stride[2] : nullptr;
+    for (int c = 0; c < up(tile.keys, 8); c += 2) {
+      const uint16_t* r0 = c < tile.keys ? vb + c * a.v_stride[2] : nullptr;
+      const uint16_t* r1 = c + 1 < tile.keys ? vb + (c + 1) * a.v_stride[2] : nullptr;
       uint32_t* row = to + c / 2 * v_dim;
-      for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0[d] | (r1 ? (uint32_t)r1[d] << 16 : 0u);
+      if (r1)
+        for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0[d] | (uint32_t)r1[d] << 16;
+      else
+        for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0 ? r0[d] : 0u;
       for (int64_t d = a.v_dim; d < v_dim; ++d) row[d] = 0;
     }
     tile.v = (const float*)to;
     tile.v_stride = v_dim;
     return;
   }
-  if (sizeof(E) == 4) {
+  if (sizeof(E) == 4 && a.dim % 4 == 0) {
     tile.k = (const float*)(const void*)kt;
     tile.k_stride = a.k_stride[2];
   } else {
@@ -379,13 +435,14 @@ static void open_tile(const fv_forward_args& a, const E* k, const E* v, int64_t 
     tile.k_stride = dim;
     widen_rows(kt, a.k_stride[2], tile.keys, a.dim, x.k + slot * T * dim, dim);
   }
-  if (sizeof(E) == 4 && a.v_dim % W == 0) {
+  if (sizeof(E) == 4 && a.v_dim % W == 0 && tile.keys % 4 == 0) {
     tile.v = (const float*)(const void*)vt;
     tile.v_stride = a.v_stride[2];
   } else {
     tile.v = x.v + slot * T * v_dim;
     tile.v_stride = v_dim;
     widen_rows(vt, a.v_stride[2], tile.keys, a.v_dim, x.v + slot * T * v_dim, v_dim);
+    for (int64_t n = tile.keys * v_dim; n < up(tile.keys, 4) * v_dim; ++n) x.v[slot * T * v_dim + n] = 0.f;
   }
 }
 
@@ -416,9 +473,9 @@ static void query_tile(const fv_forward_args& a, float* buffer, int64_t b, int64
   const int queries = a.q_len - first < T ? (int)(a.q_len - first) : T;
   const int nv = (queries + W - 1) / W, v_vectors = (int)((a.v_dim + W - 1) / W);
   const int64_t v_dim = up(a.v_dim, 16);
-  const int steps = PAIRS ? (int)((a.dim + 1) / 2) : (int)a.dim;
-  const float factor = a.softcap != 0.f ? a.scale : a.scale * LOG2E;
-  alignas(64) float top[T], next[T], sum[T], alpha[T];
+  const int steps = (int)up(PAIRS ? (a.dim + 1) / 2 : a.dim, 4);
+  const float factor = a.scale * LOG2E;
+  alignas(64) float top[T], next[T], sum[T], alpha[T], ignored[T] = {};
   for (int r = 0; r < T; ++r) top[r] = NEG_INF, sum[r] = 0.f;
   for (int64_t n = 0; n < T * v_dim; ++n) x.o[n] = 0.f;
   pack_queries(a, q, queries, x.qt);
@@ -440,7 +497,12 @@ static void query_tile(const fv_forward_args& a, float* buffer, int64_t b, int64
           tile.by_query = rows.words[count];
         }
       }
-      score_tile(x.qt, tile, steps, nv, x.s + count * T * T, next, factor, a.softcap);
+      if (a.softcap == 0.f) {
+        score_tile(x.qt, tile, steps, nv, x.s + count * T * T, next, factor);
+      } else {  // the running maximum belongs after the cap
+        score_tile(x.qt, tile, steps, nv, x.s + count * T * T, ignored, PAIRS ? 1.f : factor);
+        softcap_pass(tile, nv, x.s + count * T * T, next, a.scale, a.softcap);
+      }
     }
     for (int v = 0; v < nv; ++v) {  // rows that have seen nothing keep a reference of 0, so that no -inf - -inf arises
       Vec m = load(next + v * W), safe = select_eq(m, set1(NEG_INF), set1(0.f), m);
