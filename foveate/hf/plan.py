@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.core.layout import TILE, BlockLayout, pack_bits
+from foveate.core.layout import TILE, BlockLayout, tail_word
 from foveate.core.patterns import And, Causal, Dilated, Extent, Full, Not, Or, Pattern, SlidingWindow, Strided
 from foveate.core.selectors.base import Selector
 from foveate.hf.recognise import Window, is_causal, left_pads, pattern_of, window_of
@@ -62,6 +62,17 @@ def dense_plan(rule: Rule) -> Plan:
     return plan
 
 
+def own_area(rule: Rule) -> float:
+    """Pairs that the model's own rule allows, per batch row and head."""
+    view = view_of(rule)
+    if "dense" in rule.memo or view.base is None or view.window.q_len > 1:
+        return dense_plan(rule).area
+    if "area" not in rule.memo:
+        rows = _rows(view.base, view.window.k_len)
+        rule.memo["area"] = float(rows.sum()) / (rows.shape[0] * rows.shape[1])
+    return rule.memo["area"]
+
+
 def pattern_plan(rule: Rule, policy: Pattern, heads: HeadSet | None) -> Plan:
     """The model's own rule AND `policy` (on the heads outside `heads`' complement, the rule alone)."""
     key = (policy, heads)
@@ -72,7 +83,7 @@ def pattern_plan(rule: Rule, policy: Pattern, heads: HeadSet | None) -> Plan:
         if heads is not None:
             extra = extra | ~heads
         whole = extra if view.base is None else view.base & extra
-        plan = rule.memo[key] = _plan(whole, view.window, dense_plan(rule).area)
+        plan = rule.memo[key] = _plan(whole, view.window, own_area(rule))
     return plan
 
 
@@ -82,7 +93,6 @@ def selector_plan(
     """The model's own rule AND what `policy` selects from this layer's queries and keys."""
     view = view_of(rule)
     window = view.window
-    own = dense_plan(rule)
     causal = is_causal(rule.function)
     k = k[:, :, : window.k_len]
     if any(view.pads):
@@ -93,7 +103,7 @@ def selector_plan(
         chosen = chosen | (~heads).layout(window.q_len, window.k_len)
     if view.base is not None:
         chosen = chosen & view.base.layout(window.q_len, window.k_len)
-    return Plan(0, window.k_len, chosen, mean_area(chosen), own.rule_area, chosen.nbytes)
+    return Plan(0, window.k_len, chosen, mean_area(chosen), own_area(rule), chosen.nbytes)
 
 
 def _select_per_row(
@@ -168,16 +178,26 @@ def sum_range(first: int, last: int) -> int:
     return (last * (last + 1) - first * (first - 1)) // 2
 
 
-def _row_plan(pattern: Pattern, m: int, rule_area: float | None) -> Plan:
-    """One query (decoding): evaluate the row; a single run of keys becomes a slice that needs no layout."""
+def _rows(pattern: Pattern, m: int) -> np.ndarray:
+    """Bool (batch, heads, M): the keys that a single query sees."""
     ext = Extent(1, m)
     pattern.check(ext)
     q, k = np.zeros(1, np.int64), np.arange(m)
     rows = np.empty((pattern.batch, pattern.heads, m), bool)
+    known: dict[tuple[Pattern, int, int], np.ndarray] = {}
     for b in range(pattern.batch):
         for h in range(pattern.heads):
             one = pattern.at(b, h)
-            rows[b, h] = one.contains(ext, b if one.batch > 1 else 0, h if one.heads > 1 else 0, q, k)
+            key = (one, b if one.batch > 1 else 0, h if one.heads > 1 else 0)
+            if key not in known:
+                known[key] = np.broadcast_to(one.contains(ext, key[1], key[2], q, k), m)
+            rows[b, h] = known[key]
+    return rows
+
+
+def _row_plan(pattern: Pattern, m: int, rule_area: float | None) -> Plan:
+    """One query (decoding): evaluate the row; a single run of keys becomes a slice that needs no layout."""
+    rows = _rows(pattern, m)
     area = float(rows.sum()) / (rows.shape[0] * rows.shape[1])
     own = area if rule_area is None else rule_area
     if rows.shape[:2] == (1, 1):
@@ -189,14 +209,36 @@ def _row_plan(pattern: Pattern, m: int, rule_area: float | None) -> Plan:
 
 
 def row_layout(rows: np.ndarray) -> BlockLayout:
-    """The layout of bool (B, H, M): one query per batch row and head."""
+    """The canonical layout of bool (B, H, M): one query per batch row and head. Written out because
+    generation needs one per token."""
     batch, heads, m = rows.shape
-    padded = np.pad(rows, ((0, 0), (0, 0), (0, -m % TILE)))
-    words = pack_bits(padded.reshape(batch * heads, -1, TILE))  # (B * H, tiles)
-    row, tile = np.nonzero(words)
-    bitmaps = np.zeros((len(row), TILE), np.int64)
-    bitmaps[:, 0] = words[row, tile]
-    return BlockLayout.from_tiles(1, m, row, tile, bitmaps, batch=batch, heads=heads)
+    padded = np.zeros((batch * heads, -(-m // TILE) * TILE), bool)
+    padded[:, :m] = rows.reshape(batch * heads, m)
+    words = np.packbits(padded.reshape(-1), bitorder="little").view("<i8").reshape(batch * heads, -1)
+    every = np.full(words.shape[1], -1, np.int64)
+    every[-1] = tail_word(m).astype(np.int64)
+    listed = words != 0
+    row_ptr = np.zeros(batch * heads + 1, np.int64)
+    np.cumsum(listed.sum(axis=1), out=row_ptr[1:])
+    tile = np.nonzero(listed)[1]
+    held = words[listed]
+    partial = held != every[tile]
+    distinct, number = np.unique(held[partial], return_inverse=True)
+    ids = np.zeros(len(held), np.int32)
+    ids[partial] = number + 1
+    dictionary = np.zeros((len(distinct), TILE), np.int64)
+    dictionary[:, 0] = distinct
+    return BlockLayout(
+        1,
+        m,
+        torch.from_numpy(row_ptr),
+        torch.from_numpy(tile.astype(np.int32)),
+        torch.from_numpy(ids),
+        torch.from_numpy(dictionary),
+        batch,
+        heads,
+        checked=True,
+    )
 
 
 def mask_plan(allowed: Tensor, policy: Pattern | None, heads: HeadSet | None) -> Plan:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveate.core.patterns import EMPTY, PARTIAL, Extent, Pattern
+from foveate.core.patterns import EMPTY, FULL, PARTIAL, Extent, Full, Pattern
 from foveate.core.patterns.base import Values, values, verdict
 
 
@@ -138,11 +138,14 @@ class HeadSet(Pattern):
     def heads(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.total
 
+    def at(self, b, h):
+        return Full() if h in self.chosen else ~Full()
+
     def contains(self, ext, b, h, q, k):
         return np.broadcast_to(np.bool_(h in self.chosen), np.broadcast_shapes(np.shape(q), np.shape(k)))
 
     def classify(self, ext, b, h, q0, q1, k0, k1):
-        return np.full(np.shape(q0), 2 if h in self.chosen else EMPTY, np.int8)
+        return np.full(np.shape(q0), FULL if h in self.chosen else EMPTY, np.int8)
 
 
 @dataclass(frozen=True)

@@ -256,3 +256,17 @@ def _layout(mask):
     from foveate.core.layout import BlockLayout
 
     return BlockLayout.from_mask(mask)
+
+
+@pytest.mark.parametrize("m", [1, 63, 64, 65, 200])
+def test_row_layouts_are_canonical(m):
+    from foveate.hf.plan import row_layout
+
+    generator = torch.Generator().manual_seed(m)
+    rows = torch.rand(3, 2, m, generator=generator) > 0.3
+    rows[1] = True
+    rows[2, 0] = False
+    rows[0, 0, 64:128] = rows[0, 1, :64] = True
+    made = row_layout(rows.numpy())
+    made._validate()
+    assert made == _layout(rows[:, :, None])
