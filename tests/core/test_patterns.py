@@ -554,6 +554,13 @@ def test_wrong_types_name_the_argument(make, words):
         make()
 
 
+def test_mask_mod_is_called_with_zero_along_axes_of_one():
+    first = P.MaskMod(lambda b, h, q, k: (k + b + h) % 2 == 0)
+    both = dense(first & P.per_head(P.Full(), P.Full()), 5)[0]
+    assert torch.equal(both[0], both[1])
+    assert torch.equal(both[0], dense(first, 5)[0, 0])
+
+
 def test_mask_mod_that_is_not_elementwise():
     with pytest.raises(ValueError, match="elementwise"):
         P.MaskMod(lambda b, h, q, k: torch.ones(5, 7, dtype=torch.bool)).layout(70)

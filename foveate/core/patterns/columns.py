@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from foveate.core.layout import TILE
+from foveate.core.patterns.band import Full
 from foveate.core.patterns.base import (
     EMPTY,
     PARTIAL,
@@ -81,6 +82,12 @@ class KeyPadding(Pattern):
             raise ValueError(
                 f"KeyPadding: mask must have k_len = {ext.k_len} columns, got {self._bits.shape[1]}"
             )
+
+    def at(self, b, h):
+        if self.batch == 1:
+            return self
+        row = self._bits[b]
+        return Full() if row.all() else KeyPadding(row)
 
     def _row(self, b: int) -> int:
         return b if self.batch > 1 else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,13 @@ class Documents(Boxes):
 
     def check(self, ext):
         _check_both("Documents", "ids", self.ids, self.k_ids, ext)
+
+    def at(self, b, h):
+        if self.batch == 1:
+            return self
+        ids, k_ids = (None if x is None else np.atleast_2d(x.array) for x in (self.ids, self.k_ids))
+        rows = [None if x is None else x[b if len(x) > 1 else 0] for x in (ids, k_ids)]
+        return Documents(rows[0], rows[1])
 
     def boxes(self, ext, b):
         q, k = _rows_of(self.ids, self.k_ids, ext, b)
@@ -220,19 +227,7 @@ class Regions(Pattern):
 
     def _counts(self, ext: Extent, b: int) -> tuple[np.ndarray, np.ndarray]:
         """How often each label occurs before each token: int (q_len + 1, rows), (k_len + 1, columns)."""
-        key = ("counts", ext, b if self.batch > 1 else 0)
-        if key not in self._held:
-            q, k = _rows_of(self.labels, self.k_labels, ext, b)
-            self._held.clear()
-            self._held[key] = tuple(
-                counts_before(x == np.arange(n)[:, None]).T.astype(np.int32, order="C")
-                for x, n in zip((q, k), self.table.array.shape, strict=True)
-            )
-        return self._held[key]
-
-    @cached_property
-    def _held(self) -> dict:
-        return {}
+        return _label_counts(self, ext, b if self.batch > 1 else 0)
 
     def signature(self, ext, b, h, qt, kt):
         q, k = _rows_of(self.labels, self.k_labels, ext, b)
@@ -241,3 +236,14 @@ class Regions(Pattern):
             number, base = _shapes(x[None])
             names += [number[t], base[0, t]]
         return tuple(names)
+
+
+@lru_cache(maxsize=16)
+def _label_counts(pattern: Regions, ext: Extent, b: int) -> tuple[np.ndarray, np.ndarray]:
+    q, k = _rows_of(pattern.labels, pattern.k_labels, ext, b)
+    rows, columns = pattern.table.array.shape
+
+    def count(labels: np.ndarray, kinds: int) -> np.ndarray:
+        return counts_before(labels == np.arange(kinds)[:, None]).T.astype(np.int32, order="C")
+
+    return count(q, rows), count(k, columns)

@@ -103,7 +103,7 @@ class MaskMod(Pattern):
 
     Args:
         function: f(b, h, q_idx, kv_idx) -> bool tensor, True = may attend.
-        batch, heads: how many batch rows and heads it tells apart; 1 = it ignores b or h.
+        batch, heads: how many batch rows and heads it tells apart; along an axis of 1 it is called with 0.
         cache: whether its layouts may be cached.
         device: where the index tensors live.
 
@@ -130,6 +130,7 @@ class MaskMod(Pattern):
 
     def contains(self, ext, b, h, q, k):
         shape = np.broadcast_shapes(np.shape(q), np.shape(k))
+        b, h = b if self.batch > 1 else 0, h if self.heads > 1 else 0
         with torch.no_grad():
             made = self.function(
                 *(torch.as_tensor(x, dtype=torch.int64, device=self.device) for x in (b, h, q, k))
