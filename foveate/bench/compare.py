@@ -308,7 +308,8 @@ class _Work:
                 return self._forward(ids)
 
         other = None if name == "dense" else "dense"
-        under(other), under(policy)
+        under(other)
+        under(policy)
         pairs = []  # (other, mechanism)
         for i in range(self.settings.repeats):
             step("prefill", 0.3 * (i + 1) / self.settings.repeats)

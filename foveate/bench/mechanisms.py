@@ -295,7 +295,7 @@ class Watched:
         """One layout per call for a selector, the pattern's own else."""
         if self.watching is not None:
             return self.watching.seen
-        pattern: Pattern = Causal() if self._given == "dense" else self._given
+        pattern = self._given if isinstance(self._given, Pattern) else Causal()
         return [pattern.layout(self.length)]
 
     def tiles(self) -> float:
