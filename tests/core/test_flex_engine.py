@@ -41,7 +41,7 @@ def tensors(batch, heads, kv_heads, n, m, dim, v_dim, dtype=torch.float32, seed=
     return [torch.randn(s, generator=generator).to(dtype) for s in shapes]
 
 
-# ------------------------------------------------------------------------------------------------------- exch
+# ---------------------------------------- exch
 shapes = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 200), st.integers(1, 200))
 
 
@@ -116,7 +116,7 @@ def test_a_sliced_or_wrong_mask_is_refused():
         BlockLayout.from_flex(torch.ones(3, 3))
 
 
-# ------------------------------------------------------------------------------------------------------ compi
+# ---------------------------------------- compi
 def test_one_compilation_serves_every_mask_of_a_shape():
     """Random, patchy, empty, full and causal masks, dictionaries of many sizes, NaN in masked places."""
     batch, heads, n, m = 2, 4, 131, 200

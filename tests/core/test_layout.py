@@ -224,7 +224,7 @@ def test_a_complement_that_would_be_huge_is_refused():
     words = torch.zeros(0, TILE, dtype=torch.int64)
     layout = BlockLayout(n, n, ptr, empty, empty, words)
     with pytest.raises(ValueError, match="complement the pattern instead"):
-        ~layout
+        _ = ~layout
     with pytest.raises(ValueError, match="Pass limit= to allow it"):
         layout.to_dense()
 
