@@ -18,6 +18,8 @@ extern const fv_kernel fv_avx512bf16_kernel;
 
 namespace {
 
+const int64_t WORKSPACE = 16 << 20;  // floats of prepared keys and values held at once
+
 const fv_kernel* kernel_of(int32_t isa) {
   switch (isa) {
     case FV_PORTABLE: return &fv_portable_kernel;
@@ -53,26 +55,33 @@ bool cpu_has(int32_t isa) {
 struct Job {
   const fv_forward_args* args;
   const fv_kernel* kernel;
-  int64_t tasks, q_tiles;
-  int64_t floats;     // scratch of one thread
+  fv_prepared ready;
+  bool preparing;
+  int64_t first_head, heads;  // the run of (batch, kv head) pairs of this round
+  int64_t tasks, q_tiles, k_tiles;
+  int64_t floats;             // scratch of one thread
   float* scratch;
-  int64_t next_task;  // atomic
-  int64_t next_thread;
+  int64_t next_task, next_thread;  // atomic
 };
 
 void work(void* data) {
   Job& job = *static_cast<Job*>(data);
   const fv_forward_args& a = *job.args;
+  const int64_t groups = a.heads / a.kv_heads;
   float* buffer = job.scratch + job.floats * __atomic_fetch_add(&job.next_thread, 1, __ATOMIC_RELAXED);
   for (;;) {
     const int64_t task = __atomic_fetch_add(&job.next_task, 1, __ATOMIC_RELAXED);
     if (task >= job.tasks) return;
+    if (job.preparing) {
+      const int64_t bh = job.first_head + task / job.k_tiles;
+      job.kernel->prepare_tile(a, job.ready, bh / a.kv_heads, bh % a.kv_heads, task % job.k_tiles);
+      continue;
+    }
     // consecutive tasks: the heads of one group on the same query tile, so keys and values stay in cache;
     // the last query tile first, because under causality it has the most to do
-    const int64_t groups = a.heads / a.kv_heads;
     const int64_t g = task % groups, rest = task / groups;
-    const int64_t i = job.q_tiles - 1 - rest % job.q_tiles, bh = rest / job.q_tiles;
-    job.kernel->run_tile(a, buffer, bh / a.kv_heads, bh % a.kv_heads * groups + g, i);
+    const int64_t i = job.q_tiles - 1 - rest % job.q_tiles, bh = job.first_head + rest / job.q_tiles;
+    job.kernel->run_tile(a, job.ready, buffer, bh / a.kv_heads, bh % a.kv_heads * groups + g, i);
   }
 }
 
@@ -90,6 +99,20 @@ void spawn(Job* job, int64_t threads) {
   work(job);
   for (int64_t n = 0; n < started; ++n) pthread_join(others[n], nullptr);
   std::free(others);
+}
+
+void run(Job* job, int64_t tasks, bool preparing) {
+  const fv_forward_args& a = *job->args;
+  job->tasks = tasks;
+  job->preparing = preparing;
+  job->next_task = job->next_thread = 0;
+  const int64_t threads = tasks < a.threads ? tasks : a.threads;
+  if (threads == 1)
+    work(job);
+  else if (a.parallel)
+    a.parallel(work, job, static_cast<unsigned>(threads), 0);
+  else
+    spawn(job, threads);
 }
 
 bool product_fits(int64_t a, int64_t b, int64_t c) {
@@ -154,20 +177,45 @@ FV_EXPORT int32_t fv_forward(const fv_forward_args* args, char* message, int64_t
   job.args = args;
   job.kernel = kernel_of(isa);
   job.q_tiles = (a.q_len + FV_TILE - 1) / FV_TILE;
-  job.tasks = a.batch * a.heads * job.q_tiles;
+  job.k_tiles = (a.k_len + FV_TILE - 1) / FV_TILE;
   job.floats = (job.kernel->scratch_floats(a) + 31) / 16 * 16;
-  job.next_task = job.next_thread = 0;
-  const int64_t threads = job.tasks < a.threads ? job.tasks : a.threads;
+  const int64_t all_heads = a.batch * a.kv_heads, groups = a.heads / a.kv_heads;
+
+  // Copies are worth making ahead when each key tile is visited several times; a bounded number of heads at once.
+  fv_prepared& ready = job.ready;
+  ready.k = ready.v = nullptr;
+  job.kernel->tile_floats(a, &ready.k_tile, &ready.v_tile);
+  const int64_t visits = a.kind == FV_LAYOUT ? a.nnz / (a.layout_batch * a.layout_heads) * groups / job.k_tiles
+                                             : job.q_tiles * groups / (a.kind == FV_CAUSAL ? 2 : 1);
+  const bool prepare = visits >= 3 && ready.k_tile + ready.v_tile > 0;
+  const int64_t head_floats = (ready.k_tile + ready.v_tile) * job.k_tiles;
+  int64_t round = all_heads;
+  if (prepare && head_floats * all_heads > WORKSPACE) {
+    round = WORKSPACE / head_floats;
+    const int64_t enough = (2 * a.threads + job.q_tiles * groups - 1) / (job.q_tiles * groups);  // keep the threads fed
+    if (round < enough) round = enough < all_heads ? enough : all_heads;
+  }
+
+  int64_t floats;
+  if (__builtin_mul_overflow(job.floats, static_cast<int64_t>(a.threads), &floats) ||
+      (prepare && __builtin_mul_overflow(head_floats, round, &job.tasks)) ||
+      (prepare && __builtin_add_overflow(floats, job.tasks, &floats)) || floats > INT64_MAX / 8)
+    return fail(message, message_size, "sizes overflow");
   void* memory = nullptr;
-  if (posix_memalign(&memory, 64, static_cast<size_t>(job.floats * threads) * sizeof(float)))
+  if (posix_memalign(&memory, 64, static_cast<size_t>(floats) * sizeof(float)))
     return fail(message, message_size, "out of memory");
   job.scratch = static_cast<float*>(memory);
-  if (threads == 1)
-    work(&job);
-  else if (a.parallel)
-    a.parallel(work, &job, static_cast<unsigned>(threads), 0);
-  else
-    spawn(&job, threads);
+  if (prepare) {
+    float* room = job.scratch + job.floats * a.threads;
+    ready.k = ready.k_tile ? room : nullptr;
+    ready.v = ready.v_tile ? room + ready.k_tile * job.k_tiles * round : nullptr;
+  }
+  for (int64_t first = 0; first < all_heads; first += round) {
+    job.first_head = ready.first = first;
+    job.heads = all_heads - first < round ? all_heads - first : round;
+    if (prepare) run(&job, job.heads * job.k_tiles, true);
+    run(&job, job.heads * groups * job.q_tiles, false);
+  }
   std::free(memory);
   return 0;
 }

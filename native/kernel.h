@@ -388,62 +388,85 @@ static void widen_rows(const E* from, int64_t stride, int rows, int64_t dim, flo
   }
 }
 
-// Points the tile at its keys and values, in place where the layout of memory allows it.
+// Which of keys and values can be read where they are.
 template <class E>
-static void open_tile(const fv_forward_args& a, const E* k, const E* v, int64_t j, int slot, const Scratch& x, Tile& tile) {
-  int64_t first = j * T;
-  tile.keys = a.k_len - first < T ? (int)(a.k_len - first) : T;
-  const E* kt = k + first * a.k_stride[2];
-  const E* vt = v + first * a.v_stride[2];
-  const int64_t dim = up(a.dim, 16), v_dim = up(a.v_dim, 16);
-  if (PAIRS) {
-    const uint16_t* kb = (const uint16_t*)(const void*)kt;
-    if (a.dim % 8 == 0 && a.k_stride[2] % 2 == 0 && ((uintptr_t)kb & 3) == 0) {
-      tile.k = (const float*)(const void*)kb;
-      tile.k_stride = a.k_stride[2] / 2;
-    } else {
-      uint32_t* to = (uint32_t*)(x.k + slot * T * dim);
-      for (int c = 0; c < tile.keys; ++c) {
-        const uint16_t* row = kb + c * a.k_stride[2];
-        for (int64_t d = 0; d < dim; d += 2)
-          to[c * (dim / 2) + d / 2] = (d < a.dim ? row[d] : 0u) | (d + 1 < a.dim ? (uint32_t)row[d + 1] << 16 : 0u);
-      }
-      tile.k = (const float*)to;
-      tile.k_stride = dim / 2;
-    }
-    const uint16_t* vb = (const uint16_t*)(const void*)vt;
-    uint32_t* to = (uint32_t*)(x.v + slot * T * v_dim);
-    for (int c = 0; c < up(tile.keys, 8); c += 2) {
-      const uint16_t* r0 = c < tile.keys ? vb + c * a.v_stride[2] : nullptr;
-      const uint16_t* r1 = c + 1 < tile.keys ? vb + (c + 1) * a.v_stride[2] : nullptr;
-      uint32_t* row = to + c / 2 * v_dim;
-      if (r1)
-        for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0[d] | (uint32_t)r1[d] << 16;
-      else
-        for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0 ? r0[d] : 0u;
-      for (int64_t d = a.v_dim; d < v_dim; ++d) row[d] = 0;
-    }
-    tile.v = (const float*)to;
-    tile.v_stride = v_dim;
+FV_INLINE bool keys_in_place(const fv_forward_args& a) {
+  if (PAIRS) return a.dim % 8 == 0 && a.k_stride[0] % 2 == 0 && a.k_stride[1] % 2 == 0 && a.k_stride[2] % 2 == 0 && ((uintptr_t)a.k & 3) == 0;
+  return sizeof(E) == 4 && a.dim % 4 == 0;
+}
+template <class E>
+FV_INLINE bool values_in_place(const fv_forward_args& a) {
+  return !PAIRS && sizeof(E) == 4 && a.v_dim % W == 0;
+}
+
+// One tile of keys: rows of up(dim, 16) floats (or half as many pairs), zeros beyond dim.
+template <class E>
+static void copy_keys(const fv_forward_args& a, const E* k, int keys, float* to) {
+  const int64_t dim = up(a.dim, 16);
+  if (!PAIRS) return widen_rows(k, a.k_stride[2], keys, a.dim, to, dim);
+  uint32_t* pairs = (uint32_t*)to;
+  for (int c = 0; c < keys; ++c) {
+    const uint16_t* row = (const uint16_t*)(const void*)(k + c * a.k_stride[2]);
+    for (int64_t d = 0; d < dim; d += 2)
+      pairs[c * (dim / 2) + d / 2] = (d < a.dim ? row[d] : 0u) | (d + 1 < a.dim ? (uint32_t)row[d + 1] << 16 : 0u);
+  }
+}
+
+// One tile of values: rows of up(v_dim, 16) floats (or rows of key pairs), zero rows up to a multiple of 4.
+template <class E>
+static void copy_values(const fv_forward_args& a, const E* v, int keys, float* to) {
+  const int64_t v_dim = up(a.v_dim, 16);
+  if (!PAIRS) {
+    widen_rows(v, a.v_stride[2], keys, a.v_dim, to, v_dim);
+    for (int64_t n = keys * v_dim; n < up(keys, 4) * v_dim; ++n) to[n] = 0.f;
     return;
   }
-  if (sizeof(E) == 4 && a.dim % 4 == 0) {
-    tile.k = (const float*)(const void*)kt;
-    tile.k_stride = a.k_stride[2];
-  } else {
-    tile.k = x.k + slot * T * dim;
-    tile.k_stride = dim;
-    widen_rows(kt, a.k_stride[2], tile.keys, a.dim, x.k + slot * T * dim, dim);
+  for (int c = 0; c < up(keys, 8); c += 2) {
+    const uint16_t* r0 = c < keys ? (const uint16_t*)(const void*)(v + c * a.v_stride[2]) : nullptr;
+    const uint16_t* r1 = c + 1 < keys ? (const uint16_t*)(const void*)(v + (c + 1) * a.v_stride[2]) : nullptr;
+    uint32_t* row = (uint32_t*)to + c / 2 * v_dim;
+    if (r1)
+      for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0[d] | (uint32_t)r1[d] << 16;
+    else
+      for (int64_t d = 0; d < a.v_dim; ++d) row[d] = r0 ? r0[d] : 0u;
+    for (int64_t d = a.v_dim; d < v_dim; ++d) row[d] = 0;
   }
-  if (sizeof(E) == 4 && a.v_dim % W == 0 && tile.keys % 4 == 0) {
-    tile.v = (const float*)(const void*)vt;
+}
+
+// Points the tile at its keys and values: in place, prepared, or copied into the scratch of this slot.
+template <class E>
+static void open_tile(const fv_forward_args& a, const fv_prepared& ready, const E* k, const E* v, int64_t bh, int64_t j,
+                      int slot, const Scratch& x, Tile& tile) {
+  const int64_t first = j * T, k_tiles = (a.k_len + T - 1) / T, dim = up(a.dim, 16), v_dim = up(a.v_dim, 16);
+  tile.keys = a.k_len - first < T ? (int)(a.k_len - first) : T;
+  if (keys_in_place<E>(a)) {
+    tile.k = (const float*)(const void*)(k + first * a.k_stride[2]);
+    tile.k_stride = PAIRS ? a.k_stride[2] / 2 : a.k_stride[2];
+  } else {
+    float* copy = ready.k ? ready.k + ((bh - ready.first) * k_tiles + j) * ready.k_tile : x.k + slot * T * dim;
+    if (!ready.k) copy_keys(a, k + first * a.k_stride[2], tile.keys, copy);
+    tile.k = copy;
+    tile.k_stride = PAIRS ? dim / 2 : dim;
+  }
+  if (values_in_place<E>(a) && tile.keys % 4 == 0) {
+    tile.v = (const float*)(const void*)(v + first * a.v_stride[2]);
     tile.v_stride = a.v_stride[2];
   } else {
-    tile.v = x.v + slot * T * v_dim;
+    float* copy = ready.v ? ready.v + ((bh - ready.first) * k_tiles + j) * ready.v_tile : x.v + slot * T * v_dim;
+    if (!ready.v) copy_values(a, v + first * a.v_stride[2], tile.keys, copy);
+    tile.v = copy;
     tile.v_stride = v_dim;
-    widen_rows(vt, a.v_stride[2], tile.keys, a.v_dim, x.v + slot * T * v_dim, v_dim);
-    for (int64_t n = tile.keys * v_dim; n < up(tile.keys, 4) * v_dim; ++n) x.v[slot * T * v_dim + n] = 0.f;
   }
+}
+
+template <class E>
+static void prepare(const fv_forward_args& a, const fv_prepared& ready, int64_t b, int64_t hkv, int64_t j) {
+  const int64_t first = j * T, k_tiles = (a.k_len + T - 1) / T, at = (b * a.kv_heads + hkv - ready.first) * k_tiles + j;
+  const int keys = a.k_len - first < T ? (int)(a.k_len - first) : T;
+  if (ready.k)
+    copy_keys(a, (const E*)a.k + b * a.k_stride[0] + hkv * a.k_stride[1] + first * a.k_stride[2], keys, ready.k + at * ready.k_tile);
+  if (ready.v)
+    copy_values(a, (const E*)a.v + b * a.v_stride[0] + hkv * a.v_stride[1] + first * a.v_stride[2], keys, ready.v + at * ready.v_tile);
 }
 
 // Is every value of the tile finite? Adding x * 0 keeps a sum at 0 unless x is NaN or infinite.
@@ -464,7 +487,7 @@ static bool all_finite(const E* v, int64_t stride, int rows, int64_t dim) {
 }
 
 template <class E>
-static void query_tile(const fv_forward_args& a, float* buffer, int64_t b, int64_t h, int64_t i) {
+static void query_tile(const fv_forward_args& a, const fv_prepared& ready, float* buffer, int64_t b, int64_t h, int64_t i) {
   Scratch x = carve(a, buffer);
   const int64_t hkv = h / (a.heads / a.kv_heads), first = i * T;
   const E* q = (const E*)a.q + b * a.q_stride[0] + h * a.q_stride[1] + first * a.q_stride[2];
@@ -489,7 +512,7 @@ static void query_tile(const fv_forward_args& a, float* buffer, int64_t b, int64
       uint64_t made[T];
       tile.by_query = rows.bitmap(at, made);
       tile.partial = tile.by_query != nullptr;
-      open_tile(a, k, v, rows.tile(at), count, x, tile);
+      open_tile(a, ready, k, v, b * a.kv_heads + hkv, rows.tile(at), count, x, tile);
       if (tile.partial) {
         transpose_bits(tile.by_query, tile.by_key);
         if (tile.by_query == made) {  // causal: the words live only in this scope
@@ -564,13 +587,26 @@ static void query_tile(const fv_forward_args& a, float* buffer, int64_t b, int64
   }
 }
 
-static void run_tile(const fv_forward_args& a, float* buffer, int64_t b, int64_t h, int64_t i) {
+static void run_tile(const fv_forward_args& a, const fv_prepared& ready, float* buffer, int64_t b, int64_t h, int64_t i) {
 #if FV_PAIRS  // float32 requests never come here
-  query_tile<bf16>(a, buffer, b, h, i);
+  query_tile<bf16>(a, ready, buffer, b, h, i);
 #else
   if (a.dtype == FV_F32)
-    query_tile<float>(a, buffer, b, h, i);
+    query_tile<float>(a, ready, buffer, b, h, i);
   else
-    query_tile<bf16>(a, buffer, b, h, i);
+    query_tile<bf16>(a, ready, buffer, b, h, i);
 #endif
+}
+
+static void prepare_tile(const fv_forward_args& a, const fv_prepared& ready, int64_t b, int64_t hkv, int64_t j) {
+  if (a.dtype == FV_F32)
+    prepare<float>(a, ready, b, hkv, j);
+  else
+    prepare<bf16>(a, ready, b, hkv, j);
+}
+
+static void tile_floats(const fv_forward_args& a, int64_t* k, int64_t* v) {
+  const bool f32 = a.dtype == FV_F32;
+  *k = (f32 ? keys_in_place<float>(a) : keys_in_place<bf16>(a)) ? 0 : T * up(a.dim, 16) / (PAIRS ? 2 : 1);
+  *v = (f32 ? values_in_place<float>(a) : values_in_place<bf16>(a)) ? 0 : T * up(a.v_dim, 16) / (PAIRS ? 2 : 1);
 }

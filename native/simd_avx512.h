@@ -72,7 +72,7 @@ FV_OP Vec exp2v(Vec x) {
   const __m512 magic = _mm512_set1_ps(393216.f);  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
   __m512 y = _mm512_max_ps(_mm512_set1_ps(-126.f), x.x);
   __m512 t = _mm512_add_ps(y, magic);
-  __m512 r = _mm512_sub_ps(y, _mm512_sub_ps(t, magic));
+  __m512 r = _mm512_reduce_ps(y, 5 << 4);  // y minus that multiple
   __m512i n = _mm512_castps_si512(t);
   __m512i root = _mm512_permutex2var_epi32(_mm512_load_si512(ROOTS), n, _mm512_load_si512(ROOTS + 16));
   __m512 power = _mm512_castsi512_ps(_mm512_add_epi32(root, _mm512_slli_epi32(n, 18)));

@@ -2,14 +2,26 @@
 #pragma once
 #include "foveate.h"
 
-#define FV_STEP 2  // key tiles that share one rescaling of the output
+#define FV_STEP 4  // key tiles that share one rescaling of the output
+
+// Keys and values in the form the kernel reads, made once per head instead of once per visit; null where they are read
+// in place. Both hold whole tiles for a run of (batch, kv head) pairs that begins at `first`.
+struct fv_prepared {
+  float* k;
+  float* v;
+  int64_t first, k_tile, v_tile;  // k_tile, v_tile: floats of one tile
+};
 
 // What each instruction set offers to the dispatcher.
 struct fv_kernel {
-  void (*run_tile)(const fv_forward_args& a, float* buffer, int64_t b, int64_t h, int64_t i);
+  void (*run_tile)(const fv_forward_args& a, const fv_prepared& ready, float* buffer, int64_t b, int64_t h, int64_t i);
+  void (*prepare_tile)(const fv_forward_args& a, const fv_prepared& ready, int64_t b, int64_t hkv, int64_t j);
   int64_t (*scratch_floats)(const fv_forward_args& a);
+  // Floats of one prepared tile of keys and of values; 0 where the caller's memory serves as it is.
+  void (*tile_floats)(const fv_forward_args& a, int64_t* k, int64_t* v);
 };
-#define FV_KERNEL(isa) extern const fv_kernel isa##_kernel = {isa::run_tile, isa::scratch_floats};
+#define FV_KERNEL(isa) \
+  extern const fv_kernel isa##_kernel = {isa::run_tile, isa::prepare_tile, isa::scratch_floats, isa::tile_floats};
 
 namespace {  // internal linkage: each instruction set keeps its own copy
 struct fv_rows {
