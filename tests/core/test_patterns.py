@@ -78,6 +78,26 @@ def test_window_counts_the_querys_own_key():
         assert dense(P.Dilated(w, 2), 200)[0, 0].sum(1)[199] == w
 
 
+ALIGNED = [p for p, _ in FREE[:-1]] + [
+    P.GlobalTokens([1, 60]),
+    P.PrefixLM([3, 50]),
+    P.SharedQuestion((40, 50, 41)),
+    P.Documents(torch.arange(131) // 30),
+    P.Regions(torch.arange(131) // 30 % 2, torch.eye(2, dtype=torch.bool)),
+    P.Shards(8, 1, 3),
+    P.Random(0.3, block=8, seed=4, heads=2),
+    P.Random(0.3, causal=True),
+    P.Neighborhood(131, 20),
+]
+
+
+@pytest.mark.parametrize("pattern", ALIGNED, ids=[repr(p)[:40] for p in ALIGNED])
+@pytest.mark.parametrize("n", [1, 64, 70, 130])
+def test_a_query_keeps_its_keys_when_it_comes_alone(pattern, n):
+    """The last n queries, laid out alone (decoding, chunked prefill), see the same keys as among all."""
+    assert torch.equal(dense(pattern, n, 131), dense(pattern, 131)[:, :, -n:])
+
+
 def test_causal_is_bottom_right_aligned():
     assert dense(P.Causal(), 1, 5)[0, 0].tolist() == [[True] * 5]  # decoding sees the whole cache
     seen = dense(P.Causal(), 3, 1)[0, 0, :, 0]  # queries before the first key see nothing

@@ -24,7 +24,9 @@ class Random(Pattern):
 
     Block (Q, K) of head h has a score, a 64-bit hash (splitmix64) of (seed, batch row, head, Q, K): no
     sequential generator, no N x N. It is kept when the score is in the lowest `density` share, so the same
-    seed always keeps the same blocks and a lower density keeps a subset of them. Not causal by itself.
+    seed always keeps the same blocks and a lower density keeps a subset of them. Q and K are blocks of
+    positions (bottom-right aligned), so a query keeps its keys whether it comes with others or alone. Not
+    causal by itself.
 
     `Random.matching(layout)` keeps, in every row of tiles of every head, exactly as many tiles as `layout`
     lists: the control of equal density.
@@ -108,13 +110,19 @@ class Random(Pattern):
                     )
                 )
 
+    def _row(self, ext: Extent, q: np.ndarray) -> np.ndarray:
+        """Row of blocks of a query: that of its position; when a layout is matched, its row of tiles."""
+        return (q + ext.offset) // self.block if self.rows is None else q // TILE
+
     def _first(self, ext: Extent, row: np.ndarray) -> np.ndarray:
-        """Block of the first position of a row of blocks."""
-        return (row * self.block + ext.offset) // self.block
+        """Block of the first position of a row."""
+        return row if self.rows is None else (row * TILE + ext.offset) // TILE
 
     def _last(self, ext: Extent, row: np.ndarray) -> np.ndarray:
-        """Block of the last position of a row of blocks."""
-        return (np.minimum((row + 1) * self.block, ext.q_len) - 1 + ext.offset) // self.block
+        """Block of the last position of a row."""
+        return (
+            row if self.rows is None else (np.minimum((row + 1) * TILE, ext.q_len) - 1 + ext.offset) // TILE
+        )
 
     def _scores(self, ext: Extent, b: int, h: int, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """uint64; the lowest are kept. Diagonal blocks come first, blocks out of reach never."""
@@ -143,11 +151,11 @@ class Random(Pattern):
         return (score <= limits[row]) & some[row]
 
     def contains(self, ext, b, h, q, k):
-        return self._kept(ext, b, h, q // self.block, k // self.block)
+        return self._kept(ext, b, h, self._row(ext, q), k // self.block)
 
     def classify(self, ext, b, h, q0, q1, k0, k1):
-        row, column = q0 // self.block, k0 // self.block
-        single = ((q1 - 1) // self.block == row) & ((k1 - 1) // self.block == column)
+        row, column = self._row(ext, q0), k0 // self.block
+        single = (self._row(ext, q1 - 1) == row) & ((k1 - 1) // self.block == column)
         kept = self._kept(ext, b, h, row, column)
         return verdict(single & ~kept, single & kept)
 
