@@ -49,6 +49,23 @@ def test_bytes_of_tokens_are_utf8_bytes_not_characters(follower):
     assert window.bytes_of[:255].sum() == 255  # three tokens spell one character of three bytes
 
 
+def test_longer_tokens_count_all_their_bytes():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(
+        models.BPE(vocab={"a": 0, "b": 1, "c": 2, "ab": 3, "abc": 4}, merges=[("a", "b"), ("ab", "c")])
+    )
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    subject = Subject(
+        "t", None, PreTrainedTokenizerFast(tokenizer_object=core), False, None, Shape(1, 1), {}, True
+    )
+    (window,) = tasks.token_windows(subject, Text("t", "abcab" * 500, 1), 256, 1)
+    assert window.bytes_of.tolist() == [3, 2] * 128
+    _, size = tasks.window_bits(torch.zeros(256, 5), window)
+    assert size.sum() == 5 * 128 - 3  # the first token is given, not predicted
+
+
 def test_windows_are_disjoint_and_spread_over_the_text():
     body = "".join(chr(33 + i % 90) for i in range(10_000))
     windows = tasks.token_windows(byte_subject(), Text("t", body, 1), 1000, 4)
