@@ -51,7 +51,7 @@ def unpack_bits(words: np.ndarray) -> np.ndarray:
     return np.unpackbits(as_bytes, axis=-1, bitorder="little").astype(bool)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BlockLayout:
     """An exact, immutable set of allowed (query, key) pairs, as tiles with a dictionary.
 
@@ -338,10 +338,8 @@ class BlockLayout:
             # tile (i, j) holds q + offset >= k  <=>  r - c >= 64 (j - i) - offset
             shift = TILE * (np.arange(nk)[None, :] - np.arange(nq)[:, None]) - (k_len - q_len)
             r, c = np.arange(TILE)[:, None], np.arange(TILE)[None, :]
-            shifts = np.unique(shift[(shift > -TILE + 0) & (shift < TILE)])
-            words = (
-                pack_bits(r - c >= shifts[:, None, None]) if len(shifts) else words
-            )
+            shifts = np.unique(shift[(shift > -(TILE - 1)) & (shift < TILE)])
+            words = pack_bits(r - c >= shifts[:, None, None]) if len(shifts) else words
             which = np.where(shift <= -(TILE - 1), -1, -2)
             if len(shifts):
                 inside = (shift > -(TILE - 1)) & (shift < TILE)
@@ -444,6 +442,13 @@ class BlockLayout:
             heads=self.heads,
             which=which,
         ).to(self.device)
+
+    def __repr__(self) -> str:
+        lead = "".join(f", {n}={getattr(self, n)}" for n in ("batch", "heads") if getattr(self, n) != 1)
+        return (
+            f"BlockLayout({self.q_len} x {self.k_len}{lead}, {self.nnz} tiles, {len(self.dictionary)} bitmaps, "
+            f"density {self.density:.4g})"
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,17 +38,19 @@ class AttentionRequest:
     q: Tensor  # (B, H, N, D)
     k: Tensor  # (B, Hkv, M, D)
     v: Tensor  # (B, Hkv, M, Dv)
-    make_layout: Callable[[], BlockLayout]
+    who: Pattern | BlockLayout | Selector
+    is_causal: bool  # to be intersected with `who`
     kind: str  # "full", "causal" (bottom-right aligned) or "layout"
     scores: tuple[Score, ...]
     sinks: Tensor | None  # (H,)
     normalizer: str
     scale: float
     dropout_p: float
+    made: list[BlockLayout] = field(default_factory=list, repr=False)  # the layout, once made
 
-    @cached_property
+    @property
     def layout(self) -> BlockLayout:
-        return self.make_layout()
+        return layout_of(self)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -133,72 +135,123 @@ def make_request(
             raise ValueError(f"sinks must have shape ({heads},), one logit per head; got {tuple(sinks.shape)}")
         if sinks.device != q.device:
             raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}")
-    kind, make_layout = resolve_pattern(pattern, q, k, float(scale), bool(is_causal))
+    who, is_causal, kind = resolve_pattern(pattern, shape, bool(is_causal))
     return AttentionRequest(
-        q, k, v, make_layout, kind, scores, sinks, normalizer, float(scale), float(dropout_p)
+        q, k, v, who, is_causal, kind, scores, sinks, normalizer, float(scale), float(dropout_p)
     )
 
 
 def resolve_pattern(
-    pattern: Who, q: Tensor, k: Tensor, scale: float, is_causal: bool
-) -> tuple[str, Callable[[], BlockLayout]]:
-    """The kind of a request and the function that makes its layout, whatever form the pattern has."""
-    from torch.nn.attention.flex_attention import BlockMask
-
+    pattern: Who, shape: tuple[int, int, int, int], is_causal: bool
+) -> tuple[Pattern | BlockLayout | Selector, bool, str]:
+    """(what gives the layout, whether causality comes on top, the kind of request), whatever form the pattern has."""
     from foveate.core.patterns import Causal, Full, MaskMod
     from foveate.core.patterns.base import Pattern, as_pattern
     from foveate.core.selectors.base import Selector
 
-    batch, heads, n, m = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-
-    def fits(layout: BlockLayout) -> BlockLayout:
-        if (layout.q_len, layout.k_len) != (n, m):
-            raise ValueError(
-                f"the pattern's layout is for {layout.q_len} queries and {layout.k_len} keys; "
-                f"q and k have {n} and {m}"
-            )
-        if layout.batch not in (1, batch) or layout.heads not in (1, heads):
-            raise ValueError(
-                f"the pattern's layout is for batch {layout.batch} and {layout.heads} heads; "
-                f"q has batch {batch} and {heads} heads (1 broadcasts)"
-            )
-        return layout.to(q.device)
-
-    causal = Causal()
+    batch, heads, n, m = shape
     if isinstance(pattern, tuple):
         pattern = as_pattern(pattern)
-    if pattern is None:
-        chosen = causal if is_causal else Full()
-        return ("causal" if is_causal else "full"), lambda: fits(chosen.layout(n, m))
-    if isinstance(pattern, Pattern):
-        if isinstance(pattern, Full):
-            return resolve_pattern(None, q, k, scale, is_causal)
-        if isinstance(pattern, Causal):
-            return "causal", lambda: fits(causal.layout(n, m))
-        chosen = (causal & pattern) if is_causal else pattern
-        return "layout", lambda: fits(chosen.layout(n, m))
-    if isinstance(pattern, Selector):
-        return "layout", lambda: fits(pattern.layout(q, k, scale=scale, is_causal=is_causal))
-    if isinstance(pattern, BlockMask):
-        pattern = BlockLayout.from_flex(pattern)
-    elif isinstance(pattern, Tensor):
+    if pattern is None or isinstance(pattern, Full):
+        return (Causal(), False, "causal") if is_causal else (Full(), False, "full")
+    if isinstance(pattern, Causal):
+        return pattern, False, "causal"
+    if isinstance(pattern, (Pattern, BlockLayout, Selector)):
+        if isinstance(pattern, BlockLayout):
+            _fit(pattern, shape)
+        return pattern, is_causal, "layout"
+    if isinstance(pattern, Tensor):
         if pattern.dtype != torch.bool or not 2 <= pattern.ndim <= 4:
             raise TypeError(
                 "a pattern tensor must be boolean (True = may attend) with 2 to 4 dimensions; "
                 f"got {pattern.dtype} {tuple(pattern.shape)}. An additive mask goes to score=Bias(...)."
             )
-        want = (batch, heads, n, m)[4 - pattern.ndim :]
+        want = shape[4 - pattern.ndim :]
         if any(a not in (1, b) for a, b in zip(pattern.shape, want, strict=True)):
             raise ValueError(f"a pattern tensor of shape {tuple(pattern.shape)} does not broadcast to {want}")
-        pattern = BlockLayout.from_mask(pattern.expand(*pattern.shape[:-2], n, m))
-    if isinstance(pattern, BlockLayout):
-        layout = fits(pattern)
-        return "layout", (lambda: layout & fits(causal.layout(n, m))) if is_causal else (lambda: layout)
+        return BlockLayout.from_mask(pattern.expand(*pattern.shape[:-2], n, m)), is_causal, "layout"
+    from torch.nn.attention.flex_attention import BlockMask
+
+    if isinstance(pattern, BlockMask):
+        return _fit(BlockLayout.from_flex(pattern), shape), is_causal, "layout"
     if callable(pattern):
-        by_rule = MaskMod(pattern, batch=batch, heads=heads)
-        chosen = (causal & by_rule) if is_causal else by_rule
-        return "layout", lambda: fits(chosen.layout(n, m))
+        return MaskMod(pattern, batch=batch, heads=heads), is_causal, "layout"
     raise TypeError(
         "pattern must be a Pattern, a BlockLayout, a Selector, a torch BlockMask, a boolean tensor or a "
         f"mask_mod function f(b, h, q_idx, kv_idx); got {type(pattern).__name__}"
     )
+
+
+def layout_of(request: AttentionRequest) -> BlockLayout:
+    """The layout of a request, made once."""
+    from foveate.core.selectors.base import Selector
+
+    if not request.made:
+        who, (_, _, n, m) = request.who, request.shape
+        if isinstance(who, Selector):
+            layout = who.layout(request.q, request.k, scale=request.scale, is_causal=request.is_causal)
+        elif isinstance(who, BlockLayout):
+            layout = who & static_layout(None, True, n, m) if request.is_causal else who
+        else:
+            layout = static_layout(who, request.is_causal, n, m)
+        request.made.append(_fit(layout, request.shape).to(request.q.device))
+    return request.made[0]
+
+
+def static_layout(pattern: Pattern | None, is_causal: bool, n: int, m: int) -> BlockLayout:
+    """The layout of `pattern` (None: everything) and, where asked for, causality; cached by value."""
+    from foveate.core.patterns import Causal
+
+    if pattern is None:
+        return Causal().layout(n, m)
+    return (Causal() & pattern if is_causal else pattern).layout(n, m)
+
+
+Arrays = tuple[Tensor, Tensor, Tensor, Tensor, int, int]
+
+
+def layout_arrays(request: AttentionRequest) -> Arrays:
+    """row_ptr, tile_idx, tile_id, dictionary, batch and heads of the layout; `torch.compile` can trace this call.
+
+    Under `torch.compile` a pattern is a constant for given lengths: the layout is made while tracing and becomes part
+    of the graph, and other lengths trace again. The pattern object must be made outside the compiled function.
+    """
+    from foveate.core.patterns.base import Pattern
+
+    if torch.compiler.is_compiling():
+        if isinstance(request.who, Pattern):
+            n, m = operator.index(request.q.shape[2]), operator.index(request.k.shape[2])
+            return _constant_arrays(request.who, request.is_causal, n, m)
+        if isinstance(request.who, BlockLayout) and not request.is_causal:
+            return _arrays(request.who)
+        raise EngineRefusal(
+            "under torch.compile the pattern must be a Pattern made outside the compiled function, or a BlockLayout "
+            "that already holds causality; make the layout first: pattern.layout(q_len, k_len)"
+        )
+    return _arrays(layout_of(request))
+
+
+def _arrays(layout: BlockLayout) -> Arrays:
+    return (
+        layout.row_ptr, layout.tile_idx, layout.tile_id, layout.dictionary, layout.batch, layout.heads
+    )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _constant_arrays(pattern: Pattern, is_causal: bool, n: int, m: int) -> Arrays:
+    return _arrays(static_layout(pattern, is_causal, n, m))
+
+
+def _fit(layout: BlockLayout, shape: tuple[int, int, int, int]) -> BlockLayout:
+    """The layout itself, or ValueError when it is for other lengths, heads or batch sizes."""
+    batch, heads, n, m = shape
+    if (layout.q_len, layout.k_len) != (n, m):
+        raise ValueError(
+            f"the pattern's layout is for {layout.q_len} queries and {layout.k_len} keys; q and k have {n} and {m}"
+        )
+    if layout.batch not in (1, batch) or layout.heads not in (1, heads):
+        raise ValueError(
+            f"the pattern's layout is for batch {layout.batch} and {layout.heads} heads; "
+            f"q has batch {batch} and {heads} heads (1 broadcasts)"
+        )
+    return layout

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from foveate.core.request import AttentionRequest, EngineRefusal
+from foveate.core.request import AttentionRequest, EngineRefusal, layout_arrays
 from foveate.core.scores import SoftCap
 
 name = "native"
@@ -127,12 +127,10 @@ def why_not(request: AttentionRequest) -> str | None:
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     softcap = request.scores[0].cap if request.scores else 0.0
-    arrays = (None, None, None, None)
+    arrays = [None] * 4
     batch = heads = 1
     if request.kind == "layout":
-        layout = request.layout
-        arrays = (layout.row_ptr, layout.tile_idx, layout.tile_id, layout.dictionary)
-        batch, heads = layout.batch, layout.heads
+        *arrays, batch, heads = layout_arrays(request)
     q, k, v = request.q, request.k, request.v
     dtype = q.dtype
     if dtype == torch.float16:
