@@ -11,6 +11,7 @@ from foveate.core import build
 from foveate.core import patterns as P
 from foveate.core.build import build_layout
 from foveate.core.layout import BlockLayout
+from foveate.core.patterns.boxes import RangeTable
 
 LONG = 131_072
 SPARSE = P.Causal() & (P.SlidingWindow(4096) | P.Sinks(64))
@@ -121,6 +122,33 @@ def test_several_levels_and_bands_at_once(monkeypatch):
 
 def truth_of(pattern, n, m):
     return torch.stack([truth(p, n, m) for p in pattern.parts]).any(0)
+
+
+def test_range_tables_bound_every_range():
+    """Exact over whole tiles, of any number of tiles; never too narrow otherwise."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-1000, 1000, (2, 64 * 37 + 5))
+    table = RangeTable(values)
+    first, last = np.sort(rng.integers(0, 37, (2, 500)), axis=0)
+    start, stop = 64 * first, np.minimum(64 * (last + 1), values.shape[1])
+    least, most = table(start, stop)
+    for i in range(500):
+        piece = values[:, start[i] : stop[i]]
+        assert (least[:, i] == piece.min(1)).all()
+        assert (most[:, i] == piece.max(1)).all()
+    start, stop = np.sort(rng.integers(0, values.shape[1], (2, 500)), axis=0)
+    least, most = table(start, stop + 1)
+    for i in range(500):
+        piece = values[:, start[i] : stop[i] + 1]
+        assert (least[:, i] <= piece.min(1)).all()
+        assert (most[:, i] >= piece.max(1)).all()
+
+
+@pytest.mark.parametrize("stride", [1, 3, 7, 15, 31, 63, 64, 65, 127, 128, 129, 200])
+def test_strides_next_to_divisors_of_a_tile(stride):
+    for pattern in (P.Strided(stride), P.Dilated(200, stride), P.Blocked(stride), P.PowerOfTwo(stride)):
+        for n, m in ((500, 500), (300, 471)):
+            assert build_layout(pattern, n, m) == BlockLayout.from_mask(truth(pattern, n, m))
 
 
 def test_a_pattern_that_allows_nothing():

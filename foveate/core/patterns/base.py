@@ -501,7 +501,9 @@ class Values:
         array.setflags(write=False)
         head = f"{array.dtype.str}{array.shape}".encode()
         self.array: np.ndarray = array
-        self.digest: bytes = hashlib.blake2b(head + b"|" + array.tobytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(head + b"|", digest_size=16)
+        digest.update(array.reshape(-1).view(np.uint8))
+        self.digest: bytes = digest.digest()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Values) and self.digest == other.digest

@@ -118,7 +118,7 @@ class Documents(Boxes):
     def boxes(self, ext, b):
         q, k = _rows_of(self.ids, self.k_ids, ext, b)
         none = q < 0
-        return np.where(none, FAR, q)[None], np.where(none, -FAR, q)[None], np.where(k < 0, -FAR, k)[None]
+        return np.where(none, FAR, q)[None], np.where(none, -FAR, q)[None], k[None]
 
 
 def _ids_of(cu_seqlens: Any) -> np.ndarray:
