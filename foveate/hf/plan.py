@@ -3,7 +3,7 @@ rule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -132,16 +132,23 @@ def place(policy: Pattern, view: View) -> Pattern:
         )
     if not view.moved or relative(policy):
         return policy
-    parts = []
-    for pad in view.pads:
-        q_shift = min(max(0, pad - window.q_offset), window.q_len - 1)
-        seen = max(window.q_offset + window.q_len - pad, 1)
-        parts.append(Moved(policy, q_shift, pad - window.kv_offset, Extent(window.q_len - q_shift, seen)))
-    if len(set(parts)) == 1:
-        return parts[0]
-    if policy.batch > 1:
-        parts = [replace(part, row=b) for b, part in enumerate(parts)]
-    return PerRow(tuple(parts))
+    rows = tuple(_from_first_token(policy, window, pad, b) for b, pad in enumerate(view.pads))
+    return rows[0] if len(set(rows)) == 1 else PerRow(rows)
+
+
+def _from_first_token(policy: Pattern, window: Window, pad: int, b: int) -> Pattern:
+    """`policy` for a row with `pad` padding tokens in front. Parts that depend on distances only stay as they
+    are (their tiles have closed forms); they may allow padding keys, which the model's own rule forbids."""
+    if relative(policy):
+        return policy
+    if isinstance(policy, (And, Or)):
+        return type(policy)(tuple(_from_first_token(p, window, pad, b) for p in policy.parts))
+    if isinstance(policy, Not):
+        return ~_from_first_token(policy.part, window, pad, b)
+    q_shift = min(max(0, pad - window.q_offset), window.q_len - 1)
+    seen = max(window.q_offset + window.q_len - pad, 1)
+    inner = Extent(window.q_len - q_shift, seen)
+    return Moved(policy, q_shift, pad - window.kv_offset, inner, b if policy.batch > 1 else None)
 
 
 def relative(pattern: Pattern) -> bool:

@@ -279,3 +279,24 @@ def test_symmetric_window_on_an_encoder():
     assert model.config._attn_implementation == own
     assert (expected - ours).abs()[keep].max() <= 1e-5
     assert handle.report().density < 0.5
+
+
+# ------------------------------------------------------------------------------------------- FlexPrefill
+def test_flexprefill_with_its_full_budget_is_dense():
+    model, given = families.model("llama"), families.inputs("llama", padded=True, length=120)
+    eager = families.outputs(model, given)
+    with fv.hf.apply(model, fv.selectors.FlexPrefill(block=64, gamma=1.5, min_budget=1024)) as handle:
+        ours = families.outputs(model, given)
+    assert handle.report().density == 1.0
+    assert (eager - ours).abs()[families.real(given, eager)].max() <= 1e-5
+
+
+def test_flexprefill_selects_and_decoding_stays_dense():
+    model, ids = families.model("llama"), families.inputs("llama", length=380, batch=2)["input_ids"]
+    with fv.hf.apply(
+        model, fv.selectors.FlexPrefill(block=64, gamma=0.3, min_budget=64), phase="prefill"
+    ) as handle:
+        model.generate(ids, max_new_tokens=3, do_sample=False)
+    first = handle.report().layers[0]
+    assert 0.1 < first.density < 0.95
+    assert (first.calls, first.restricted) == (3, 1)
