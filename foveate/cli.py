@@ -75,12 +75,12 @@ def compare(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A quarter of the text, half of the needles.")
+        bool, typer.Option("--quick", help="A third of the text, one needle per depth, two timed pairs.")
     ] = False,
     density: Annotated[float, typer.Option(help="Share of the causal pairs every mechanism gets.")] = 0.25,
-    tokens: Annotated[int, typer.Option(help="Text tokens scored per length.")] = 32768,
-    needles: Annotated[int, typer.Option(help="Needles at each of five depths.")] = 4,
-    repeats: Annotated[int, typer.Option(help="Timed pairs of dense and mechanism.")] = 5,
+    tokens: Annotated[int, typer.Option(help="Text tokens scored per length.")] = 24576,
+    needles: Annotated[int, typer.Option(help="Needles at each of five depths.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed pairs of dense and mechanism.")] = 4,
     gate: Annotated[
         float, typer.Option(help="Dense needle recall below which needle is not shown; 0: show all.")
     ] = 0.5,
