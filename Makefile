@@ -22,7 +22,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install -c constraints.txt $(PIP_FLAGS)
+# without --no-compile pip compiles every file of torch; Python compiles those that are used
+INSTALL := $(PIP) install --no-compile -c constraints.txt $(PIP_FLAGS)
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 

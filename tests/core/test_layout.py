@@ -157,6 +157,7 @@ def test_from_blocks_causal_at_every_kind_of_offset(offset):
     assert torch.equal(BlockLayout.from_blocks(blocks, n, m, causal=True).to_dense()[0, 0], want)
 
 
+@settings(deadline=None)
 @given(bits=st.lists(st.booleans(), min_size=TILE, max_size=TILE))
 def test_bits_and_words(bits):
     array = np.array(bits)
