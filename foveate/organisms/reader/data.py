@@ -302,8 +302,8 @@ def retrieval_sequence(length: int, rng: np.random.Generator, text: bytes) -> tu
 def repeat_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Real text with comment lines of random letters and digits that come back: the plainest induction.
 
-    One to three strings of 8 to 32 characters, as many lines as fill 65 % of the bytes, at most 24. In a line that is
-    not the first of its string all but the first three characters are predicted (REPEAT).
+    One to three strings of 8 to 32 characters, as many lines as fill 65 % of the bytes, at most 24. In a line
+    that is not the first of its string all but the first three characters are predicted (REPEAT).
     """
     size = int(rng.integers(8, min(32, length // 2 - 6) + 1)) + 3
     n = max(2, min(24, int(0.65 * length / size)))

@@ -112,6 +112,7 @@ def write_text(path: Path, text: str) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     temp = path.with_name(path.name + ".tmp")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temp, metadata)
+    temp.chmod(0o644)  # safetensors writes 0600
     os.replace(temp, path)
 
 
@@ -165,7 +166,9 @@ class Trainer:
         return self.cfg.lr * warm * max(cool, self.cfg.lr_floor)
 
     def plan(self, rng: np.random.Generator) -> list[int]:
-        """Lengths (indices) of this step's micro-batches: the current one, and at the long end a short one too."""
+        """Lengths (indices) of this step's micro-batches: the current one, and at the long end a short one
+        too.
+        """
         stage = self.state.stage
         short = max(0, min(stage - 1, COMPANION))
         if self.cfg.lengths[stage] < 1024:
@@ -343,23 +346,22 @@ def last_checkpoint(out: Path) -> tuple[Path, dict]:
 
 
 def export(out: Path, folder: Path) -> None:
-    """The last checkpoint as a Hugging Face folder: config.json, generation_config.json, model.safetensors
-    (float32).
+    """The last checkpoint as a Hugging Face folder: config.json, generation_config.json, model.safetensors.
+
+    Weights are stored in float16 (half the bytes), the configuration says float32, which loading gives.
     """
     checkpoint, payload = last_checkpoint(out)
     cfg = ReaderConfig(**payload["model"])
     folder.mkdir(parents=True, exist_ok=True)
-    config = cfg.hf() | {"dtype": "float32"}
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_text(
-        folder / "generation_config.json",
-        json.dumps({"do_sample": False, "max_length": cfg.context}, indent=2) + "\n",
-    )
-    write_tensors(folder / "model.safetensors", load_file(checkpoint / "model.safetensors"), {"format": "pt"})
+    write_text(folder / "config.json", json.dumps(cfg.hf() | {"dtype": "float32"}, indent=2) + "\n")
+    generation = {"do_sample": False, "max_length": cfg.context}
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    weights = {k: v.half() for k, v in load_file(checkpoint / "model.safetensors").items()}
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
 
 def run(trainer: Trainer, log_every: int = 25) -> None:
-    """Train until the budget is used or SIGTERM arrives; JSON lines go to log.jsonl, plain lines to stdout."""
+    """Train until the budget is used or SIGTERM arrives; JSON lines to log.jsonl, plain ones to stdout."""
     cfg, out, first = trainer.cfg, trainer.out, trainer.rank == 0
     out.mkdir(parents=True, exist_ok=True)
 
