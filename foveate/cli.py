@@ -197,13 +197,14 @@ class _Bar:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            refresh_per_second=4,  # drawing must not disturb what is timed
         )
         self.task: TaskID | None = None
         self.done = 0
 
     def __enter__(self) -> _Bar:
         self.bar.start()
-        self.task = self.bar.add_task("loading the model", total=None)
+        self.task = self.bar.add_task("loading the model, fitting densities", total=None)
         return self
 
     def __exit__(self, *_: object) -> None:

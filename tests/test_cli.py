@@ -151,3 +151,33 @@ def test_a_kill_keeps_the_finished_cells_and_resume_completes(tmp_path, follower
         "dense",
         "random",
     ]
+
+
+def test_defaults_of_the_options_are_those_of_the_settings():
+    import inspect
+
+    from foveate.bench.compare import Settings
+    from foveate.cli import compare
+
+    options = {name: p.default for name, p in inspect.signature(compare).parameters.items()}
+    for name, value in vars(Settings()).items():
+        if name in options:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            assert options[name] == shown, name
+
+
+def test_a_terminal_gets_a_bar(follower, text, tmp_path):
+    from rich.console import Console
+
+    from foveate.bench import compare
+    from foveate.cli import _Bar
+
+    console = Console(force_terminal=True, width=120, record=True)
+    settings = compare.Settings(
+        model=str(follower), text=str(text), lengths=(512,), mechanisms=("dense",), tasks=("bpb",),
+        tokens=1024, repeats=1,
+    )  # fmt: skip
+    with _Bar(console) as bar:
+        compare.run(settings, tmp_path, listener=bar)
+    shown = console.export_text()
+    assert "[1/1] dense at 512: density 100.0%" in shown
