@@ -58,17 +58,18 @@ def build_layout(pattern: Pattern, q_len: int, k_len: int) -> BlockLayout:
     np.cumsum(counts, out=row_ptr[1:])
     dictionary, number = pool.canonical()
     ids = number[ids]
-    return BlockLayout(
-        q_len,
-        k_len,
-        torch.from_numpy(row_ptr),
-        torch.from_numpy(idx),
-        torch.from_numpy(ids),
-        torch.from_numpy(dictionary),
-        pattern.batch,
-        pattern.heads,
-        checked=True,
-    )
+    with torch.inference_mode(False):  # a cached layout may be used for training later
+        return BlockLayout(
+            ext.q_len,
+            ext.k_len,
+            torch.from_numpy(row_ptr),
+            torch.from_numpy(idx),
+            torch.from_numpy(ids),
+            torch.from_numpy(dictionary),
+            pattern.batch,
+            pattern.heads,
+            checked=True,
+        )
 
 
 class _Bitmaps:

@@ -151,6 +151,14 @@ def test_strides_next_to_divisors_of_a_tile(stride):
             assert build_layout(pattern, n, m) == BlockLayout.from_mask(truth(pattern, n, m))
 
 
+def test_a_layout_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        layout = build_layout(P.Causal() & P.SlidingWindow(70), 200, 200)
+    assert not any(
+        t.is_inference() for t in (layout.row_ptr, layout.tile_idx, layout.tile_id, layout.dictionary)
+    )
+
+
 def test_a_pattern_that_allows_nothing():
     layout = build_layout(P.Causal() & ~P.Causal(), 200, 300)
     assert layout.nnz == 0

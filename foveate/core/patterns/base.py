@@ -502,7 +502,7 @@ class Values:
         head = f"{array.dtype.str}{array.shape}".encode()
         self.array: np.ndarray = array
         digest = hashlib.blake2b(head + b"|", digest_size=16)
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
         self.digest: bytes = digest.digest()
 
     def __eq__(self, other: object) -> bool:
