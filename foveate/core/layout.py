@@ -125,7 +125,9 @@ class BlockLayout:
             if ids.min() < 0 or ids.max() > len(self.dictionary):
                 raise ValueError(f"BlockLayout.tile_id must lie in [0, {len(self.dictionary)}]")
             rising = np.diff(idx) > 0
-            rising[ptr[1:-1][(ptr[1:-1] > 0) & (ptr[1:-1] < len(idx))] - 1] = True  # a new row may start lower
+            rising[ptr[1:-1][(ptr[1:-1] > 0) & (ptr[1:-1] < len(idx))] - 1] = (
+                True  # a new row may start lower
+            )
             if not rising.all():
                 raise ValueError("BlockLayout.tile_idx must be strictly ascending within each row")
 
@@ -186,11 +188,21 @@ class BlockLayout:
         """The same layout on another device."""
         if torch.device(device) == self.device:
             return self
-        return self._with(*(t.to(device) for t in (self.row_ptr, self.tile_idx, self.tile_id, self.dictionary)))
+        return self._with(
+            *(t.to(device) for t in (self.row_ptr, self.tile_idx, self.tile_id, self.dictionary))
+        )
 
     def _with(self, row_ptr: Tensor, tile_idx: Tensor, tile_id: Tensor, dictionary: Tensor) -> BlockLayout:
         return BlockLayout(
-            self.q_len, self.k_len, row_ptr, tile_idx, tile_id, dictionary, self.batch, self.heads, checked=True
+            self.q_len,
+            self.k_len,
+            row_ptr,
+            tile_idx,
+            tile_id,
+            dictionary,
+            self.batch,
+            self.heads,
+            checked=True,
         )
 
     def to_dense(self, *, limit: int = DENSE_LIMIT) -> Tensor:
@@ -326,7 +338,9 @@ class BlockLayout:
             )
         wanted = (-(-q_len // block), -(-k_len // block))
         if tuple(blocks.shape[-2:]) != wanted:
-            raise ValueError(f"blocks must end in {wanted} for block={block}, got shape {tuple(blocks.shape)}")
+            raise ValueError(
+                f"blocks must end in {wanted} for block={block}, got shape {tuple(blocks.shape)}"
+            )
         grid = blocks.detach().cpu().numpy()
         grid = grid.reshape((1,) * (4 - grid.ndim) + grid.shape)
         batch, heads = grid.shape[:2]
@@ -365,7 +379,12 @@ class BlockLayout:
             raise ValueError(
                 f"a layout of batch {self.batch} and heads {self.heads} does not expand to {batch} and {heads}"
             )
-        source = torch.arange(self.batch * self.heads).view(self.batch, self.heads).expand(batch, heads).reshape(-1)
+        source = (
+            torch.arange(self.batch * self.heads)
+            .view(self.batch, self.heads)
+            .expand(batch, heads)
+            .reshape(-1)
+        )
         counts = self.row_ptr.diff().cpu().view(-1, self.q_tiles)[source].reshape(-1)
         row_ptr = torch.zeros(len(counts) + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=row_ptr[1:])
@@ -504,7 +523,9 @@ class BlockLayout:
             meta = file.metadata() or {}
             if meta.get("format") != "foveate.BlockLayout/1":
                 raise ValueError(f"{path} is not a saved BlockLayout (format {meta.get('format')!r})")
-            arrays = {name: file.get_tensor(name) for name in ("row_ptr", "tile_idx", "tile_id", "dictionary")}
+            arrays = {
+                name: file.get_tensor(name) for name in ("row_ptr", "tile_idx", "tile_id", "dictionary")
+            }
         sizes = {name: int(meta[name]) for name in ("q_len", "k_len", "batch", "heads")}
         return BlockLayout(**sizes, **arrays)
 

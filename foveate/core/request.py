@@ -121,9 +121,7 @@ def make_request(
     scores = () if score is None else score if isinstance(score, tuple) else (score,)
     for item in scores:
         if not isinstance(item, (Bias, SoftCap)):
-            raise TypeError(
-                f"score must be a SoftCap, a Bias or a tuple of them, got {type(item).__name__}"
-            )
+            raise TypeError(f"score must be a SoftCap, a Bias or a tuple of them, got {type(item).__name__}")
         if isinstance(item, Bias):
             item.check(shape)
             if item.tensor.device != q.device:
@@ -132,7 +130,9 @@ def make_request(
         if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
             raise TypeError(f"sinks must be a floating point tensor, got {type(sinks).__name__}")
         if tuple(sinks.shape) != (heads,):
-            raise ValueError(f"sinks must have shape ({heads},), one logit per head; got {tuple(sinks.shape)}")
+            raise ValueError(
+                f"sinks must have shape ({heads},), one logit per head; got {tuple(sinks.shape)}"
+            )
         if sinks.device != q.device:
             raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}")
     who, is_causal, kind = resolve_pattern(pattern, shape, bool(is_causal))

@@ -25,7 +25,9 @@ def choose(request: AttentionRequest, engine: str = "auto", *, return_lse: bool 
             raise ValueError(f"engine must be 'auto' or one of {', '.join(ENGINES)}; got {engine!r}")
         reason = refusal(engine, request, return_lse)
         if reason is not None:
-            raise EngineRefusal(f"engine {engine!r} cannot run this: {reason}\n{describe(request, return_lse)}")
+            raise EngineRefusal(
+                f"engine {engine!r} cannot run this: {reason}\n{describe(request, return_lse)}"
+            )
         return ENGINES[engine]
     order = ("sdpa", "flex", "reference") if request.q.device.type == "cuda" else ("native", "reference")
     for name in order:

@@ -55,7 +55,9 @@ def _library() -> ctypes.CDLL:
     suffix = "dylib" if sys.platform == "darwin" else "so"
     path = Path(__file__).with_name(f"libfoveate_native.{suffix}")
     if not path.exists():
-        raise EngineRefusal(f"the native library is not built ({path.name} is missing); reinstall with a C++ compiler")
+        raise EngineRefusal(
+            f"the native library is not built ({path.name} is missing); reinstall with a C++ compiler"
+        )
     lib = ctypes.CDLL(str(path))
     lib.fv_sizeof_forward_args.restype = ctypes.c_int64
     lib.fv_forward.argtypes = [ctypes.POINTER(_Args), ctypes.c_char_p, ctypes.c_int64]
@@ -69,7 +71,11 @@ def _pool() -> int | None:
     """Address of torch's GOMP_parallel, or None where torch does not use that runtime (then threads are per call)."""
     try:
         with open("/proc/self/maps") as maps:
-            paths = {line.split()[-1] for line in maps if "libgomp" in line or "libomp" in line or "libiomp5" in line}
+            paths = {
+                line.split()[-1]
+                for line in maps
+                if "libgomp" in line or "libomp" in line or "libiomp5" in line
+            }
     except OSError:
         return None
     beside_torch = str(Path(torch.__file__).parent)
@@ -159,12 +165,26 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The op behind the engine; arguments as `struct fv_forward_args`. Returns out (B, H, N, Dv) and lse (B, H, N)."""
     return call(
-        q, k, v, row_ptr, tile_idx, tile_id, dictionary, layout_batch, layout_heads, kind, scale, softcap, sinks
+        q,
+        k,
+        v,
+        row_ptr,
+        tile_idx,
+        tile_id,
+        dictionary,
+        layout_batch,
+        layout_heads,
+        kind,
+        scale,
+        softcap,
+        sinks,
     )
 
 
 @forward.register_fake
-def _(q, k, v, row_ptr, tile_idx, tile_id, dictionary, layout_batch, layout_heads, kind, scale, softcap, sinks):
+def _(
+    q, k, v, row_ptr, tile_idx, tile_id, dictionary, layout_batch, layout_heads, kind, scale, softcap, sinks
+):
     return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 

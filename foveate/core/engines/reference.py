@@ -78,7 +78,9 @@ def dense_attention(
     batch, heads, n, dim = q.shape
     kv_heads, m = k.shape[1], k.shape[2]
     if limit is not None and batch * heads * n * m > limit:
-        raise ValueError(f"the reference engine would hold {batch * heads * n * m} logits; the limit is {limit}")
+        raise ValueError(
+            f"the reference engine would hold {batch * heads * n * m} logits; the limit is {limit}"
+        )
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = dim**-0.5 if scale is None else scale
     groups = heads // kv_heads

@@ -27,7 +27,9 @@ class Bias:
             got = f"{self.tensor.dtype}" if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
             raise TypeError(f"Bias.tensor must be a floating point tensor, got {got}")
         if self.tensor.ndim > 4:
-            raise ValueError(f"Bias.tensor must have at most 4 dimensions, got shape {tuple(self.tensor.shape)}")
+            raise ValueError(
+                f"Bias.tensor must have at most 4 dimensions, got shape {tuple(self.tensor.shape)}"
+            )
 
     def apply(self, logits: Tensor) -> Tensor:
         return logits + self.tensor.to(logits.dtype)
@@ -37,5 +39,3 @@ class Bias:
         mine = (1,) * (4 - self.tensor.ndim) + tuple(self.tensor.shape)
         if any(a not in (1, b) for a, b in zip(mine, shape, strict=True)):
             raise ValueError(f"Bias.tensor of shape {tuple(self.tensor.shape)} does not broadcast to {shape}")
-
-
