@@ -29,7 +29,20 @@ _MODULES = {
     "organisms": "foveate.organisms",
 }
 
-__all__ = ["__version__", *_NAMES, *_MODULES]
+__all__ = [
+    "Bias",
+    "BlockLayout",
+    "EngineRefusal",
+    "SoftCap",
+    "__version__",
+    "attention",
+    "explain",
+    "hf",
+    "merge",
+    "organisms",
+    "patterns",
+    "selectors",
+]
 
 if TYPE_CHECKING:
     from foveate import hf, organisms, patterns, selectors

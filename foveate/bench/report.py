@@ -143,7 +143,8 @@ def headline(results: dict[str, Any]) -> list[str]:
     if dense is None:
         return []
     out = []
-    clever = [c for n, c in cells.items() if n not in ("dense", "random")]
+    off = off_density(list(cells.values()), results["identity"]["settings"]["density"])
+    clever = [c for n, c in cells.items() if n not in ("dense", "random", *off)]
     scored = [c for c in clever if c["bpb"] and c["bpb"]["difference"]]
     if scored:
         best = min(scored, key=lambda c: c["bpb"]["difference"]["value"])
@@ -153,6 +154,9 @@ def headline(results: dict[str, Any]) -> list[str]:
             f"the text best: {signed(best['bpb']['difference']['value'])} bits per byte against dense "
             f"({dense['bpb']['value']:.3f}), at {best['prefill']['speedup']:.2f} times its prefill speed."
         )
+        high = best["bpb"]["difference"]["high"]
+        if high is not None and high < 0:
+            text += " Less than nothing is lost: this model predicts text better when it sees less of it."
         out.append(text)
     control = cells.get("random")
     if scored and control and control["bpb"] and control["bpb"]["difference"]:

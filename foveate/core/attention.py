@@ -1,4 +1,4 @@
-"""`attention`: one function for every mask, on every engine; `explain`: which engine runs it, and why not the others."""
+"""`attention`: one function for every mask, on every engine. `explain`: which engine runs it, and why not others."""
 
 from __future__ import annotations
 

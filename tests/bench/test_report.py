@@ -155,6 +155,17 @@ def test_the_headline_names_the_best_and_the_control(results):
     )
 
 
+def test_the_headline_says_when_seeing_less_is_better_and_leaves_out_another_density(results):
+    best = results["cells"][8]
+    assert (best["mechanism"], best["length"]) == ("sliding_sinks", 131072)
+    best["bpb"]["difference"] |= {"value": -0.05, "low": -0.06, "high": -0.04}
+    assert "predicts text better when it sees less" in report.headline(results)[0]
+    best["density"] = 0.5
+    assert report.headline(results)[0].startswith(
+        "At 131,072 tokens and 25% of the causal pairs, dilated kept"
+    )
+
+
 def test_gated_and_unfinished_runs_make_a_page(results):
     for c in results["cells"]:
         c["needle"] = None

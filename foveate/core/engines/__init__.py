@@ -13,8 +13,8 @@ ENGINES: dict[str, ModuleType] = {engine.name: engine for engine in (native, fle
 def choose(request: AttentionRequest, engine: str = "auto", *, return_lse: bool = False) -> ModuleType:
     """The engine module for a request.
 
-    `auto`: on CPU native; on CUDA SDPA for plain full and causal attention, else FlexAttention; reference (with its size
-    guard) for whatever they decline.
+    `auto`: on CPU native; on CUDA SDPA for plain full and causal attention, else FlexAttention; reference (with its
+    size guard) for whatever they decline.
 
     Raises:
         EngineRefusal: the named engine declines, or all do; the message carries every reason.

@@ -292,6 +292,7 @@ def retrieval_sequence(length: int, rng: np.random.Generator, text: bytes) -> tu
     inserts, seen = [], set()
     for i in which.tolist():
         role = np.full(LINE, IGNORE, np.int8)
+        role[-1] = TEXT  # a line ends after its digits
         if i in seen:
             role[_DIGITS_AT : _DIGITS_AT + DIGITS] = ANSWER
         seen.add(i)

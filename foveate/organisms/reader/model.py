@@ -58,7 +58,7 @@ class ReaderConfig:
             "tie_word_embeddings": True,
             "bos_token_id": None,
             "eos_token_id": None,
-            "pad_token_id": None,
+            "pad_token_id": 0,
             "initializer_range": 0.02,
             "use_cache": True,
         }

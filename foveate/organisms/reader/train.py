@@ -199,7 +199,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for index in plan:
             length = c.lengths[index]
-            count = max(1, c.tokens // length // self.world)
+            part = 2 if index != plan[0] else 1  # the short companion of a long length: half the tokens
+            count = max(1, c.tokens // length // self.world // part)
             ids, roles = data.batch(count, length, retrieval, rows_rng, self.text, repeats=c.repeats)
             share = c.stretch if length > 64 else 0.0
             positions = data.stretched_positions(count, length, self.model_cfg.context, share, rows_rng)
@@ -354,7 +355,7 @@ def export(out: Path, folder: Path) -> None:
     cfg = ReaderConfig(**payload["model"])
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(cfg.hf() | {"dtype": "float32"}, indent=2) + "\n")
-    generation = {"do_sample": False, "max_length": cfg.context}
+    generation = {"do_sample": False}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     weights = {k: v.half() for k, v in load_file(checkpoint / "model.safetensors").items()}
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
