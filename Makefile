@@ -65,7 +65,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.cli
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/cpu_forward.py
 
 # The package is copied, so that the checked library never replaces the fast one. Python itself is not instrumented:
 # the sanitizer's runtime is preloaded, and leaks of the interpreter are not counted.
