@@ -80,7 +80,8 @@ def _hf_windows(subject: Subject, text: Text, length: int, count: int) -> list[W
     starts = np.linspace(0, max(len(text.body) - span, 0), count).astype(int)
     windows = []
     for start in starts:
-        at = text.body.rfind("\n", 0, start) + 1 if start else 0
+        back = text.body.rfind("\n", max(start - 200, 0), start)  # the start of a line, if one is near
+        at = back + 1 if back >= 0 else int(start)
         chunk = text.body[at : at + 2 * span]
         coded = subject.tokenizer(chunk, return_offsets_mapping=True)
         if len(coded["input_ids"]) < length:

@@ -77,6 +77,12 @@ def test_windows_are_disjoint_and_spread_over_the_text():
     assert len(tasks.token_windows(byte_subject(), Text("t", body, 1), 4000, 8)) == 2  # no more than fit
 
 
+def test_windows_of_a_text_without_lines_differ(follower):
+    text = Text("t", "".join(chr(33 + i * i % 89) for i in range(9000)), 1)
+    one, two = tasks.token_windows(load_subject(str(follower)), text, 500, 2)
+    assert not torch.equal(one.ids, two.ids)
+
+
 def test_text_shorter_than_a_window_is_refused(follower):
     with pytest.raises(CompareError, match=r"--text short.*too short.*--lengths 500"):
         tasks.token_windows(byte_subject(), Text("short", "x" * 499, 1), 500, 1)
