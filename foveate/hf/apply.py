@@ -55,8 +55,8 @@ def apply(
             model). In an encoder-decoder model they count within each stack. Default: all. The others run the
             model's own rule.
         heads: query heads to restrict; the others run the model's own rule. Default: all.
-        phase: "prefill" (several queries, or the first token), "decode" (one query on a filled cache) or
-            "both".
+        phase: "prefill" (several queries, or the first token), "decode" (one query on a filled cache; the last
+            piece of a chunked prefill is one too when it holds a single token) or "both".
         engine: passed to `foveate.attention`.
 
     Returns:
