@@ -152,7 +152,7 @@ def _hilbert_axes(place: np.ndarray, bits: int) -> np.ndarray:
             on = (x[i] >> bit) & 1 == 1
             swap = np.where(on, 0, (x[0] ^ x[i]) & low)
             x[0] = np.where(on, x[0] ^ low, x[0]) ^ swap
-            x[i] = x[i] ^ swap if i else x[0]
+            x[i] = x[i] ^ swap  # nothing for i = 0
     for i in range(1, len(x)):  # Gray encode
         x[i] = x[i] ^ x[i - 1]
     flip = np.zeros_like(x[0])
