@@ -84,3 +84,5 @@ sanitize: $(VENV)/.dev
 
 clean:
 	rm -rf $(VENV) build out dist .pytest_cache .hypothesis .ruff_cache foveate/core/engines/*.so
+	rm -rf .cmake .ninja_deps .ninja_log .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja \
+	  cmake_install.cmake
