@@ -1,6 +1,7 @@
 # `make demo` and `make test` are all the set-up there is: they need Python >= 3.10, pip, make and a C++ compiler.
 #
 #   make demo        install into .venv and run `foveate compare` with its defaults; results in out/demo
+#                    (continues a run that was interrupted)
 #   make test        install with the development tools and run the fast tests
 #   make test-slow   the longer checks
 #   make lint        ruff (rules and format) and pyright
@@ -51,7 +52,8 @@ $(VENV)/.dev: $(SOURCES) $(VENV)/.torch
 	@touch $@ $(VENV)/.cli
 
 demo: $(VENV)/.cli
-	$(BIN)/foveate compare --out out/demo
+	unfinished=$$(grep -qs '"complete": false' out/demo/results.json && echo --resume || true); \
+	  $(BIN)/foveate compare --out out/demo $$unfinished
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
