@@ -105,3 +105,9 @@ def test_command_refuses_to_overwrite(tmp_path, capsys):
     trainer.save()
     assert main(["--out", str(tmp_path)]) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_command_needs_a_checkpoint_to_go_on(tmp_path, capsys):
+    assert main(["--out", str(tmp_path), "--resume"]) == 2
+    assert main(["--out", str(tmp_path), "--export", str(tmp_path / "hf")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err

@@ -12,7 +12,7 @@ Curriculum: sequences of 64 bytes first; the length doubles, up to the context, 
 completely right answers at the current length passes 0.9, or when the schedule's latest moment for the
 doubling has come. A part of each step's tokens stays at shorter lengths, and some short rows have rotary
 positions with gaps, so that far distances are met early. AdamW; learning rate: warm-up, constant, linear
-decay to 2 % over the last quarter of the budget.
+decay to 2 % over the last fifth of the budget.
 
 The budget is a number of hours on the clock (pauses count) or of steps. All randomness of a step comes from
 (seed, step), and a checkpoint holds model, optimiser and curriculum, so that a resumed run takes the same
@@ -47,7 +47,7 @@ from foveate.organisms.reader.model import Reader, ReaderConfig
 COMPANION = 2
 """Index of the short length that is kept in the mixture once it has been passed: 256."""
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-FORCED = (0.16, 0.26, 0.45, 0.57, 0.66, 0.74)
+FORCED = (0.1, 0.2, 0.45, 0.7, 0.76, 0.82)
 """Share of the budget at which a length is left for the next one even though its recall is not there yet."""
 
 
@@ -58,15 +58,15 @@ class TrainConfig:
     seed: int = 0
     hours: float = 1.5
     steps: int | None = None  # a budget in steps instead of hours
-    lr: float = 2e-3
+    lr: float = 1.5e-3
     warmup: int = 100
-    decay: float = 0.25  # last share of the budget, linear to lr_floor * lr
+    decay: float = 0.2  # last share of the budget, linear to lr_floor * lr
     lr_floor: float = 0.02
     weight_decay: float = 0.05
     clip: float = 1.0
     tokens: int = 4096  # per micro-batch
-    answer_weight: float = 1.0
-    retrieval_first: float = 0.8  # share of rows with inserted lines, first and last (linear in the budget)
+    answer_weight: float = 0.6
+    retrieval_first: float = 0.65  # share of rows with inserted lines, first and last (linear in the budget)
     retrieval_last: float = 0.35
     stretch: float = 0.3  # share of rows with gaps in their positions, lengths above 64
     recall_bar: float = 0.9
@@ -457,10 +457,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--no-compile", action="store_true", help="do not torch.compile the layers")
     p.add_argument("--pid", type=Path, help="write the process number to this file")
     a = p.parse_args(argv)
+    exists = (a.out / "last.json").is_file()
+    if (a.export or a.resume) and not exists:
+        print(f"{a.out} holds no checkpoint", file=sys.stderr)
+        return 2
     if a.export:
         export(a.out, a.export)
         return 0
-    if not a.resume and (a.out / "last.json").exists():
+    if not a.resume and exists:
         print(f"{a.out} already holds a run: --resume it or name another --out", file=sys.stderr)
         return 2
     if a.pid:
