@@ -305,12 +305,15 @@ def test_check_looks_at_real_positions_only():
 
 
 # --------------------------------------------------------------------------------------------- training
-def test_gradients_equal_eager():
-    model = tiny()
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_eager(checkpointing):
+    model = tiny().train()
     model.set_attn_implementation("eager")
     model(IDS, labels=IDS).loss.backward()
     eager = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     with fv.hf.apply(model, "dense"):
         model(IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
