@@ -94,18 +94,34 @@ def test_axes_that_broadcast_stay_short():
         assert torch.equal(wide, mask.expand(3, 2, 100, 100))
 
 
-def test_query_lists_are_the_transpose():
-    """FlexAttention's backward reads lists by key block; torch derives the same ones from the key lists."""
-    ours = BlockLayout.from_mask(patchy_mask((2, 2, 300, 200))).to_flex()
-    torchs = BlockMask.from_kv_blocks(
-        ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices, BLOCK_SIZE=64
-    )
-    pairs = [(ours.q_num_blocks, ours.q_indices, torchs.q_num_blocks, torchs.q_indices)]
-    pairs += [(ours.full_q_num_blocks, ours.full_q_indices, torchs.full_q_num_blocks, torchs.full_q_indices)]
-    for count, index, want_count, want_index in pairs:
-        assert torch.equal(count, want_count[..., : count.shape[-1]])
-        listed = torch.arange(index.shape[-1]) < count.unsqueeze(-1)
-        assert torch.equal(index[listed], want_index[..., : index.shape[-2], : index.shape[-1]][listed])
+@pytest.mark.parametrize("block", [64, 128, 192, 320])
+def test_lists_of_any_block_size_are_those_of_torch(block):
+    """Including the lists by key block, which FlexAttention's backward reads."""
+    mask = patchy_mask((2, 2, 300, 200))
+    mask[1, 1] = True
+    ours = flex.to_flex(BlockLayout.from_mask(mask), block=block)
+    padded = torch.nn.functional.pad(
+        mask, (0, -200 % block, 0, -300 % block), value=True
+    )  # as the plane ends
+    inside = torch.nn.functional.pad(mask, (0, -200 % block, 0, -300 % block))
+    tiles = (t.unflatten(3, (-1, block)).unflatten(2, (-1, block)).transpose(3, 4) for t in (padded, inside))
+    every, some = next(tiles).all(-1).all(-1), next(tiles).any(-1).any(-1)
+    assert every.any()
+    for prefix, blocks in (("full_", every), ("", some & ~every)):
+        for axis, listed in (("kv", blocks), ("q", blocks.transpose(2, 3))):
+            count, index = (
+                getattr(ours, f"{prefix}{axis}_num_blocks"),
+                getattr(ours, f"{prefix}{axis}_indices"),
+            )
+            assert torch.equal(count, listed.sum(-1, dtype=torch.int32))
+            found = torch.zeros_like(listed)
+            b, h, r, slot = (torch.arange(index.shape[-1]) < count.unsqueeze(-1)).nonzero(as_tuple=True)
+            found[b, h, r, index[b, h, r, slot].long()] = True
+            assert torch.equal(found, listed)
+            assert (index.diff(dim=-1)[torch.arange(1, index.shape[-1]) < count.unsqueeze(-1)] > 0).all()
+    assert torch.equal(BlockLayout.from_flex(ours).to_dense(), mask)
+    with pytest.raises(ValueError, match="block must be a positive multiple of 64, got 100"):
+        flex.to_flex(BlockLayout.from_mask(mask), block=100)
 
 
 def test_a_sliced_or_wrong_mask_is_refused():

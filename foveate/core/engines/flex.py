@@ -41,11 +41,13 @@ _SHIFT = TILE.bit_length() - 1  # q // 64 == q >> 6
 
 
 # -------------------------------------------------------------------------------- layout -> BlockMask
-def to_flex(layout: BlockLayout, *, backward: bool = True) -> BlockMask:
-    """A torch `BlockMask` of 64 x 64 blocks with the same pairs; axes of size 1 stay 1 and broadcast.
+def to_flex(layout: BlockLayout, *, block: int | None = None, backward: bool = True) -> BlockMask:
+    """A torch `BlockMask` with the same pairs; axes of size 1 stay 1 and broadcast.
 
     Args:
         layout: any layout; the mask lives on its device.
+        block: side of the mask's blocks, a multiple of 64. Default: 64 on CPU, 128 on CUDA, where
+            FlexAttention's own blocks have to divide it.
         backward: also list the query blocks of each key block, which FlexAttention's backward reads.
 
     Its `mask_mod` is exact on its own: False in blocks that are not listed, True in full ones.
@@ -59,33 +61,38 @@ def to_flex(layout: BlockLayout, *, backward: bool = True) -> BlockMask:
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    block = (TILE if layout.device.type == "cpu" else 2 * TILE) if block is None else block
+    if block < TILE or block % TILE:
+        raise ValueError(f"block must be a positive multiple of {TILE}, got {block}")
     nq, nk = layout.q_tiles, layout.k_tiles
     lead = (layout.batch, layout.heads)
     rows, cols, ids = layout.rows, layout.tile_idx.long(), layout.tile_id
     absent = len(layout.dictionary) + 1
-    table = torch.full(
-        (layout.batch * layout.heads * nq, nk), absent, dtype=torch.int32, device=layout.device
-    )
+    table = torch.full((lead[0] * lead[1] * nq, nk), absent, dtype=torch.int32, device=layout.device)
     table[rows, cols] = ids
     ends = layout.dictionary.new_tensor([[-1] * TILE, [0] * TILE])
     words = torch.cat([ends[:1], layout.dictionary, ends[1:]])  # (n + 2, 64): full, the dictionary, empty
     torch._dynamo.maybe_mark_dynamic(words, 0)  # dictionaries of any size share one compilation
+    # blocks that hold a listed tile; full ones hold as many full tiles as the plane has there
+    side = block // TILE
+    nqb, nkb = -(-nq // side), -(-nk // side)
+    keys = ((rows // nq) * nqb + rows % nq // side) * nkb + cols // side
+    keys, member = torch.unique(keys, return_inverse=True)
+    plane, i, j = keys // (nqb * nkb), keys // nkb % nqb, keys % nkb
+    whole = (nq - i * side).clamp(max=side) * (nk - j * side).clamp(max=side)
+    full = torch.bincount(member[ids == 0], minlength=len(keys)) == whole
     lists: dict[str, Any] = {}
-    plane = rows // nq
-    for kind, chosen in (("", ids > 0), ("full_", ids == 0)):
-        r, c = rows[chosen], cols[chosen]
-        lists[f"{kind}kv_num_blocks"], lists[f"{kind}kv_indices"] = _lists(r, c, (*lead, nq, nk))
+    for kind, chosen in (("", ~full), ("full_", full)):
+        p, r, c = plane[chosen], i[chosen], j[chosen]
+        lists[f"{kind}kv_num_blocks"], lists[f"{kind}kv_indices"] = _lists(p * nqb + r, c, (*lead, nqb, nkb))
         if not backward:
             lists[f"{kind}q_num_blocks"] = lists[f"{kind}q_indices"] = None
             continue
-        by_key = plane[chosen] * nk + c
-        order = torch.argsort(by_key, stable=True)  # rows stay ascending within a key block
-        lists[f"{kind}q_num_blocks"], lists[f"{kind}q_indices"] = _lists(
-            by_key[order], (r % nq)[order], (*lead, nk, nq)
-        )
+        by_key, order = torch.sort(p * nkb + c, stable=True)  # rows stay ascending within a key block
+        lists[f"{kind}q_num_blocks"], lists[f"{kind}q_indices"] = _lists(by_key, r[order], (*lead, nkb, nqb))
     return BlockMask(
         seq_lengths=(layout.q_len, layout.k_len),
-        BLOCK_SIZE=(TILE, TILE),
+        BLOCK_SIZE=(block, block),
         mask_mod=_dictionary_mask(table.view(*lead, nq, nk), words),
         **lists,
     )
@@ -411,16 +418,8 @@ def _attend(
 # of the keys that is masked out altogether as if its largest logit were 0: a row whose allowed logits lie far
 # below 0 would lose its result.
 _CPU_OPTIONS = {"PARTITION_SIZE": 96}
-# On CUDA the kernel's own blocks must divide the mask's 64 x 64.
-_CUDA_OPTIONS = {
-    "BACKEND": "TRITON",
-    "fwd_BLOCK_M": 64,
-    "fwd_BLOCK_N": 64,
-    "bwd_BLOCK_M1": 32,
-    "bwd_BLOCK_N1": 64,
-    "bwd_BLOCK_M2": 64,
-    "bwd_BLOCK_N2": 32,
-}
+# On CUDA one kernel serves every length: the decoding kernel takes fewer shapes.
+_CUDA_OPTIONS = {"BACKEND": "TRITON"}
 
 
 def _score_mod(kinds: tuple[str, ...], buffers: tuple[Tensor, ...]) -> Callable:
