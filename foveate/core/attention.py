@@ -36,7 +36,8 @@ def attention(
         q: (B, H, N, D); k: (B, Hkv, M, D); v: (B, Hkv, M, Dv). H is a multiple of Hkv and query head h reads key/value
             head h // (H / Hkv); grouped heads are never copied. float32, bfloat16, float16 or float64; any strides.
         pattern: who may look at whom: a `Pattern`, a `BlockLayout`, a `Selector`, a torch `BlockMask`, a boolean tensor
-            broadcastable to (B, H, N, M) with True = may attend, or a function `mask_mod(b, h, q_idx, kv_idx)`.
+            broadcastable to (B, H, N, M) with True = may attend, or a function `mask_mod(b, h, q_idx, kv_idx)`. A bare
+            function is evaluated at every call, as it may read tensors that change; `MaskMod(f)` keeps its layout.
         is_causal: also require key position <= query position. For N != M the last query is aligned with the last key
             (bottom-right), unlike SDPA, which aligns the first ones.
         score: changes to the scaled logits, applied in order: `SoftCap`, `Bias`, or a tuple of them.

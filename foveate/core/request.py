@@ -175,7 +175,8 @@ def resolve_pattern(
     if isinstance(pattern, BlockMask):
         return _fit(BlockLayout.from_flex(pattern), shape), is_causal, "layout"
     if callable(pattern):
-        return MaskMod(pattern, batch=batch, heads=heads), is_causal, "layout"
+        # a bare function may read tensors that change: evaluated anew at each call (MaskMod(f) or its layout is kept)
+        return MaskMod(pattern, batch=batch, heads=heads, cache=False), is_causal, "layout"
     raise TypeError(
         "pattern must be a Pattern, a BlockLayout, a Selector, a torch BlockMask, a boolean tensor or a "
         f"mask_mod function f(b, h, q_idx, kv_idx); got {type(pattern).__name__}"
