@@ -7,8 +7,8 @@ A *cell* is one mechanism at one length. Each is measured against dense in the s
   mechanism's very first call, layout building included, is kept apart as `first_seconds`.
 - memory: resident memory one prefill adds at its highest point (`foveate.bench.memory`).
 - density: pairs the mechanism lets through over the pairs the model's own rule (causal, mostly) lets
-  through, measured during a forward over all layers and heads; `tiles` is the same count in 64 x 64 tiles,
-  against causal attention: what an engine computes.
+  through, measured over all layers, heads and text windows (without the text task: over one prefill);
+  `tiles` is the same count in 64 x 64 tiles, against causal attention: what an engine computes.
 - bits per byte, on the same windows as dense, with the paired difference and its bootstrap interval.
 - needle recall by depth.
 
@@ -259,6 +259,7 @@ class _Work:
         }
         if "bpb" in s.tasks and not _closed(dense, "bpb"):
             cell["bpb"] = self._bpb(built.policy, plan, dense, step)
+            cell["density"] = cell["bpb"]["density"]
         if "needle" in s.tasks and not _closed(dense, "needle"):
             cell["needle"] = self._needle(built.policy, plan, step)
         cell["seconds"] = time.perf_counter() - began
@@ -267,16 +268,18 @@ class _Work:
     def _tuned(self, built: mechs.Built, ids: torch.Tensor) -> mechs.Built:
         """Bisect the knob of a content-dependent mechanism until its measured density is the wanted one."""
         assert built.tune is not None
-        low, high = built.tune.low, built.tune.high
+        asked, low, high = self.settings.density, built.tune.low, built.tune.high
+        tried: list[tuple[float, mechs.Built]] = []  # (how far from the asked density, candidate)
         for _ in range(built.tune.steps):
             middle = (low + high) / 2
             candidate = built.tune.make(middle)
             _, density, _ = self._first_call(candidate.policy, ids)
-            if density > self.settings.density:
+            tried.append((abs(density - asked), candidate))
+            if density > asked:
                 high = middle
             else:
                 low = middle
-        return built.tune.make((low + high) / 2)
+        return min(tried, key=lambda pair: pair[0])[1]
 
     def _forward(self, ids: torch.Tensor) -> float:
         began = time.perf_counter()
@@ -345,7 +348,7 @@ class _Work:
         self, policy: Any, plan: _Plan, dense: dict[str, Any] | None, step: Callable[[str, float], None]
     ) -> dict[str, Any]:
         rows = []
-        with self._applied(policy):
+        with self._applied(policy) as handle:
             for i, window in enumerate(plan.windows):
                 step("bits per byte", 0.3 + 0.35 * i / len(plan.windows))
                 rows.append(tasks.window_bits(self.subject.logits(window.ids)[0], window))
@@ -356,6 +359,7 @@ class _Work:
             )
         cell: dict[str, Any] = {
             "value": bits.per_byte,
+            "density": handle.report().density,
             "windows": len(rows),
             "bytes": int(bits.bytes.sum()),
             "by_position": (bits.bits.sum(0) / np.maximum(bits.bytes.sum(0), 1)).tolist(),

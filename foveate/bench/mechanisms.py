@@ -90,7 +90,7 @@ class Tune:
     make: Callable[[float], Built]
     low: float
     high: float
-    steps: int = 6
+    steps: int = 7
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,13 @@ def _random(length: int, density: float, shape: Shape, seed: int) -> Built:
 def _flexprefill(length: int, density: float, shape: Shape, seed: int) -> Built:
     from foveate.core.selectors.flexprefill import FlexPrefill
 
-    def make(gamma: float) -> Built:
-        gamma = round(gamma, 4)
+    def make(nines: float) -> Built:  # gamma = 1 - 10^-nines: the density rises steeply near 1
+        gamma = round(1 - 10**-nines, 6)
         chosen = FlexPrefill(block=TILE, gamma=gamma, min_budget=TILE)
         return Built(chosen, f"FlexPrefill(block={TILE}, gamma={gamma}, min_budget={TILE})", {"gamma": gamma})
 
-    start = make(0.9)
-    return Built(start.policy, start.text, start.parameters, Tune(make, 0.02, 1.0))
+    start = make(1.0)
+    return Built(start.policy, start.text, start.parameters, Tune(make, 0.01, 6.0))
 
 
 _BUILDERS: dict[str, Callable[[int, float, Shape, int], Built]] = {

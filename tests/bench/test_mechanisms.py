@@ -56,7 +56,7 @@ def test_flexprefill_is_a_selector_with_a_knob():
     built = mechs.policy("flexprefill", 512, 0.25, SHAPE)
     assert isinstance(built.policy, Selector)
     assert built.tune is not None
-    assert built.tune.make(0.5).parameters == {"gamma": 0.5}
+    assert built.tune.make(2.0).parameters == {"gamma": 0.99}
 
 
 def test_names_titles_and_colours_are_complete():
