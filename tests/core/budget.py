@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 
 import torch
-from oracle import change, logits64, weights
+from attention_oracle import change, logits64, weights
 from torch import Tensor
 
 LAMBDA = 2.0

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from attention_oracle import loop_attention
 from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import loop_attention
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import create_block_mask
 
