@@ -63,7 +63,9 @@ FREE = [  # patterns that live on any lengths: (pattern, rule)
 
 
 @pytest.mark.parametrize(("n", "m"), LENGTHS)
-@pytest.mark.parametrize(("pattern", "rule"), FREE, ids=[f"{i}-{type(p).__name__}" for i, (p, _) in enumerate(FREE)])
+@pytest.mark.parametrize(
+    ("pattern", "rule"), FREE, ids=[f"{i}-{type(p).__name__}" for i, (p, _) in enumerate(FREE)]
+)
 def test_free_patterns(pattern, rule, n, m):
     assert torch.equal(dense(pattern, n, m)[0, 0], loops(rule, n, m))
 
