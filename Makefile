@@ -63,7 +63,7 @@ test-slow: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check foveate tests benchmarks
 	$(BIN)/pyright
 
 bench: $(VENV)/.cli
