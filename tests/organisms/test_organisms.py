@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from foveate import organisms
-from foveate.organisms.reader.evaluate import bits_per_byte, induction_scores, needle_recall
+from foveate.organisms.reader.data import stdlib_text
+from foveate.organisms.reader.evaluate import (
+    ALPHANUMERIC,
+    bits_per_byte,
+    induction_scores,
+    needle_recall,
+    repeat_gain,
+)
 
 pytest.importorskip("transformers")
 
@@ -47,14 +54,29 @@ def test_load_gives_logits_and_generates(reader):
 
 
 def test_reads_held_out_text(reader):
-    assert bits_per_byte(reader[0], 1024, windows=8) < 2.0
+    assert 1.4 < bits_per_byte(reader[0], 1024, windows=8) < 2.1
 
 
 def test_finds_needles(reader):
-    assert needle_recall(reader[0], 512, 20)["recall"] >= 0.9
-    assert needle_recall(reader[0], 4096, 5)["recall"] >= 0.6
+    assert needle_recall(reader[0], 512, 15, distractors=0)["recall"] >= 0.9
+    assert needle_recall(reader[0], 512, 15)["recall"] >= 0.7
+    assert needle_recall(reader[0], 4096, 3, distractors=0)["recall"] >= 0.5
+
+
+def test_recall_needs_the_needle(reader):
+    model, tokenizer = reader
+    text = stdlib_text(held_out=True)[:400]
+    answer = "48213"
+    right = tokenizer.encode(b"# key kapo=48213\n" + text + b"# key kapo=" + answer.encode())
+    wrong = tokenizer.encode(b"# key kapo=97560\n" + text + b"# key kapo=" + answer.encode())
+    with torch.inference_mode():
+        for ids, expected in ((right, True), (wrong, False)):
+            guess = model(torch.tensor([ids])).logits[0, -6:-1].argmax(-1).tolist()
+            assert (tokenizer.decode(guess) == answer) is expected
 
 
 def test_has_an_induction_head(reader):
-    match, _ = induction_scores(reader[0], half=64, rows=2)
-    assert float(match.max()) > 0.3
+    match, _ = induction_scores(reader[0], half=64, rows=2, alphabet=ALPHANUMERIC)
+    first, second = repeat_gain(reader[0], half=64, rows=2, alphabet=ALPHANUMERIC)
+    assert float(match.max()) > 0.5
+    assert second < 0.3 * first

@@ -74,7 +74,8 @@ LINE = len(PREFIX) + KEY_LETTERS + len(MIDDLE) + DIGITS + 1
 """Bytes of one needle line with its newline: 17."""
 _DIGITS_AT = len(PREFIX) + KEY_LETTERS + len(MIDDLE)
 
-_ALPHABET = b"abcdefghijklmnopqrstuvwxyz0123456789"
+ALPHABET = b"abcdefghijklmnopqrstuvwxyz0123456789"
+"""What repeated lines are made of."""
 
 TEXT, IGNORE, ANSWER, REPEAT = 0, 1, 2, 3
 """Roles of a byte in a training sequence: predicted as text, not predicted, digit of an answer, byte of a
@@ -309,8 +310,8 @@ def repeat_sequence(length: int, rng: np.random.Generator, text: bytes) -> tuple
     size = int(rng.integers(8, min(32, length // 2 - 6) + 1)) + 3
     n = max(2, min(24, int(0.65 * length / size)))
     k = int(rng.integers(1, max(1, min(3, n // 2)) + 1))
-    letters = rng.integers(len(_ALPHABET), size=(k, size - 3))
-    blocks = [b"# " + bytes(_ALPHABET[i] for i in row) + b"\n" for row in letters]
+    letters = rng.integers(len(ALPHABET), size=(k, size - 3))
+    blocks = [b"# " + bytes(ALPHABET[i] for i in row) + b"\n" for row in letters]
     first = np.full(size, IGNORE, np.int8)
     later = first.copy()
     later[5:-1] = REPEAT

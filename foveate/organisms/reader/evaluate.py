@@ -72,7 +72,7 @@ def needle_recall(
         tensor = torch.from_numpy(ids)[None]
         guess = _logits(model, tensor)[0, answer.start - 1 : answer.stop - 1].argmax(-1)
         right.append(bool((guess == tensor[0, answer]).all()))
-    parts = [p.mean() for p in np.array_split(np.array(right, dtype=float), bins)]
+    parts = [p.mean() for p in np.array_split(np.array(right, dtype=float), min(bins, count))]
     return {
         "length": length,
         "recall": float(np.mean(right)),
@@ -93,17 +93,29 @@ def _attention_maps(model: Any, ids: Tensor) -> list[Tensor]:
         model.set_attn_implementation(before)
 
 
-def induction_scores(model: Any, *, half: int = 128, rows: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+PRINTABLE = bytes(range(33, 127))
+"""94 printable ASCII bytes; mixtures of them were never repeated in training."""
+ALPHANUMERIC = data.ALPHABET
+"""Small letters and digits, 36 bytes: what the repeated lines in training are made of."""
+
+
+def _repeated(half: int, rows: int, seed: int, alphabet: bytes) -> Tensor:
+    picks = np.random.default_rng(seed).integers(len(alphabet), size=(rows, half))
+    one = np.frombuffer(alphabet, dtype=np.uint8)[picks].astype(np.int64)
+    return torch.from_numpy(np.concatenate([one, one], axis=1))  # (rows, 2 * half)
+
+
+def induction_scores(
+    model: Any, *, half: int = 128, rows: int = 8, seed: int = 0, alphabet: bytes = PRINTABLE
+) -> tuple[Tensor, Tensor]:
     """Prefix-matching and previous-byte scores of every head, both (layers, heads), on repeated random bytes.
 
-    A row is a random sequence of `half` printable bytes, twice. At position i of the second copy an
+    A row is a random sequence of `half` bytes of `alphabet`, twice. At position i of the second copy an
     *induction head* attends to the byte that followed the same byte in the first copy, i - half + 1; the
     score is the mean attention weight there (Olsson et al., "In-context Learning and Induction Heads", 2022).
     The previous-byte score is the mean weight on i - 1. Uniform attention would score about 1 / (1.5 * half).
     """
-    rng = np.random.default_rng(seed)
-    one = rng.integers(33, 127, size=(rows, half))
-    ids = torch.from_numpy(np.concatenate([one, one], axis=1))
+    ids = _repeated(half, rows, seed, alphabet)
     maps = _attention_maps(model, ids)
     i = torch.arange(half, 2 * half - 1)
     match = torch.stack([m[:, :, i, i - half + 1].mean((0, 2)) for m in maps])
@@ -112,13 +124,14 @@ def induction_scores(model: Any, *, half: int = 128, rows: int = 8, seed: int = 
     return match, previous
 
 
-def repeat_gain(model: Any, *, half: int = 128, rows: int = 8, seed: int = 0) -> tuple[float, float]:
-    """Bits per byte on the first and the second copy of repeated random printable bytes (first: about log2 94
-    = 6.55 or more).
+def repeat_gain(
+    model: Any, *, half: int = 128, rows: int = 8, seed: int = 0, alphabet: bytes = PRINTABLE
+) -> tuple[float, float]:
+    """Bits per byte on the first and the second copy of repeated random bytes.
+
+    The first copy cannot be below log2 of the alphabet's size: 6.55 for PRINTABLE, 5.17 for ALPHANUMERIC.
     """
-    rng = np.random.default_rng(seed)
-    one = rng.integers(33, 127, size=(rows, half))
-    ids = torch.from_numpy(np.concatenate([one, one], axis=1))
+    ids = _repeated(half, rows, seed, alphabet)
     logits = _logits(model, ids)[:, :-1].float()
     ce = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(
         rows, -1
@@ -180,15 +193,18 @@ def report(
             say(
                 f"length {length}: recall {entry['recall']:.3f}, {distractors} distractors, by depth {depths}"
             )
-    match, previous = induction_scores(model)
-    first, second = repeat_gain(model)
-    out["induction_heads"] = top_heads(match)
-    out["previous_byte_heads"] = top_heads(previous, 3)
+    for name, alphabet in (("printable", PRINTABLE), ("alphanumeric", ALPHANUMERIC)):
+        match, previous = induction_scores(model, alphabet=alphabet)
+        first, second = repeat_gain(model, alphabet=alphabet)
+        out[f"repeated_{name}"] = {
+            "induction_heads": top_heads(match),
+            "previous_byte_heads": top_heads(previous, 3),
+            "first_copy_bpb": round(first, 3),
+            "second_copy_bpb": round(second, 3),
+        }
+        say(f"repeated {name} bytes: {out[f'repeated_{name}']}")
     out["retrieval_heads"] = top_heads(retrieval_scores(model))
-    out["repeated_random_bytes"] = {"first_copy_bpb": round(first, 3), "second_copy_bpb": round(second, 3)}
-    say(f"induction heads {out['induction_heads']}")
     say(f"retrieval heads {out['retrieval_heads']}")
-    say(f"repeated random bytes: {first:.2f} bits on the first copy, {second:.2f} on the second")
     return out
 
 
