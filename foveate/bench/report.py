@@ -137,7 +137,7 @@ def table(results: dict[str, Any]) -> Table:
 
 def headline(results: dict[str, Any]) -> list[str]:
     """Two or three sentences that say what was found at the longest length."""
-    length = max(results["identity"]["settings"]["lengths"])
+    length = max((c["length"] for c in results["cells"]), default=0)
     cells = {c["mechanism"]: c for c in results["cells"] if c["length"] == length}
     dense = cells.get("dense")
     if dense is None:
