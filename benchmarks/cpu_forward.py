@@ -68,7 +68,7 @@ def dense(n: int, heads: int, dim: int, dtype: torch.dtype, repeats: int) -> dic
             "matmul 2048": lambda: a @ a,
         },
         repeats,
-        budget=90,
+        budget=45,
     )
     flops = 4 * n * n * dim * heads
     rate = 2 * 2048**3 / times["matmul 2048"]
@@ -108,7 +108,7 @@ def windowed(n: int, heads: int, dim: int, dtype: torch.dtype, repeats: int, win
             "sdpa": lambda: SDPA(q, k, v, attn_mask=mask),
         },
         repeats,
-        budget=90,
+        budget=45,
     )
     layout = pattern.layout(n)
     return {
@@ -145,30 +145,40 @@ print(json.dumps(times))
 """
 
 LAYOUT = """
-import json, resource, time
+import json, time
+import torch
 import foveate as fv
 from foveate.patterns import Causal, Sinks, SlidingWindow
 fv.patterns.Causal().layout(128)  # imports
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_kib():  # since the last reset
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+
+open("/proc/self/clear_refs", "w").write("5")
+before = peak_kib()
 start = time.perf_counter()
 layout = (Causal() & (SlidingWindow(4096) | Sinks(64))).layout(131072)
 took = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_kib()
 print(json.dumps({"seconds": took, "extra_mib": (peak - before) / 1024, "tiles": layout.nnz, "bytes": layout.nbytes}))
 """
 
 MEMORY = """
-import json, resource, sys
+import json, sys
 import torch
 import foveate as fv
+
+def peak_kib():  # since the last reset
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+
 n = int(sys.argv[1])
 pattern = fv.patterns.Causal() & fv.patterns.SlidingWindow(512)
 small = torch.randn(1, 8, 1024, 64)
 fv.attention(small, small, small, pattern)  # library and threads
 q, k, v = (torch.randn(1, 8, n, 64) for _ in range(3))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open("/proc/self/clear_refs", "w").write("5")
+before = peak_kib()
 out = fv.attention(q, k, v, pattern)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = peak_kib()
 sizes = {"out_mib": out.nbytes / 2**20, "qkv_mib": 3 * q.nbytes / 2**20}
 print(json.dumps({"n": n, "extra_mib": (peak - before) / 1024, **sizes}))
 """
@@ -184,11 +194,12 @@ def fresh(code: str, *arguments: str):
 def import_cost(repeats: int) -> dict:
     def once(module: str) -> float:
         return seconds(
-            lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd="/")
+            lambda: subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=HERE.parent)
         )
 
-    once("foveate")
-    pairs = [(once("torch"), once("foveate")) for _ in range(repeats)]
+    ours = "torch, foveate; foveate.attention, foveate.patterns, foveate.merge"
+    once(ours)
+    pairs = [(once("torch"), once(ours)) for _ in range(repeats)]
     return {
         "torch_seconds": statistics.median(a for a, _ in pairs),
         "foveate_seconds": statistics.median(b for _, b in pairs),
@@ -231,7 +242,7 @@ def plot(result: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=8192, help="sequence length")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds in which the peers take turns")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds in which the peers take turns")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--quick", action="store_true", help="N=2048, three rounds, nothing written")
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -256,14 +267,15 @@ def main() -> None:
             lambda: [dense(n, heads, dim, dtype, repeats) for dtype in (torch.float32, torch.bfloat16)],
         ),
         ("windowed", lambda: [windowed(n, heads, dim, torch.float32, repeats)]),
-        ("first_call_seconds", lambda: [fresh(FIRST_CALL) for _ in range(3 if options.quick else 7)]),
+        ("first_call_seconds", lambda: [fresh(FIRST_CALL) for _ in range(3 if options.quick else 5)]),
         ("layout_131072", lambda: fresh(LAYOUT)),
         ("window_memory", lambda: [fresh(MEMORY, str(size)) for size in (16384, 32768, 65536, 131072)]),
-        ("import", lambda: import_cost(3 if options.quick else 9)),
+        ("import", lambda: import_cost(3 if options.quick else 7)),
     ]
     for name, step in steps:
         print(f"{name} ...", flush=True)
         result[name] = step()
+        print(json.dumps(result[name]), flush=True)
     result["first_minus_second_ms"] = 1e3 * statistics.median(
         t[0] - statistics.median(t[1:]) for t in result["first_call_seconds"]
     )

@@ -238,9 +238,12 @@ def _arrays(layout: BlockLayout) -> Arrays:
     )  # fmt: skip
 
 
-@torch.compiler.assume_constant_result
 def _constant_arrays(pattern: Pattern, is_causal: bool, n: int, m: int) -> Arrays:
     return _arrays(static_layout(pattern, is_causal, n, m))
+
+
+# what torch.compiler.assume_constant_result sets, without its import of the compiler, which takes over a second
+_constant_arrays._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _fit(layout: BlockLayout, shape: tuple[int, int, int, int]) -> BlockLayout:

@@ -147,42 +147,24 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     return out.to(dtype), lse
 
 
-@torch.library.custom_op("foveate::native_forward", mutates_args=(), device_types="cpu")
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    row_ptr: Tensor | None,
-    tile_idx: Tensor | None,
-    tile_id: Tensor | None,
-    dictionary: Tensor | None,
-    layout_batch: int,
-    layout_heads: int,
-    kind: int,
-    scale: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The op behind the engine; arguments as `struct fv_forward_args`. Returns out (B, H, N, Dv) and lse (B, H, N)."""
+# Arguments as in `struct fv_forward_args`; returns out (B, H, N, Dv) and lse (B, H, N). Defined by its schema: the
+# decorator torch.library.custom_op imports the compiler at the first call, which takes over a second.
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? row_ptr, Tensor? tile_idx, Tensor? tile_id, Tensor? dictionary, "
+    "int layout_batch, int layout_heads, int kind, float scale, float softcap, Tensor? sinks) -> (Tensor, Tensor)"
+)
+_OP = "foveate::native_forward"
+
+
+def _run_op(
+    q, k, v, row_ptr, tile_idx, tile_id, dictionary, layout_batch, layout_heads, kind, scale, softcap, sinks
+):
     return call(
-        q,
-        k,
-        v,
-        row_ptr,
-        tile_idx,
-        tile_id,
-        dictionary,
-        layout_batch,
-        layout_heads,
-        kind,
-        scale,
-        softcap,
-        sinks,
-    )
+        q, k, v, row_ptr, tile_idx, tile_id, dictionary, layout_batch, layout_heads, kind, scale, softcap, sinks
+    )  # fmt: skip
 
 
-@forward.register_fake
-def _(
+def _fake_op(
     q, k, v, row_ptr, tile_idx, tile_id, dictionary, layout_batch, layout_heads, kind, scale, softcap, sinks
 ):
     return _empty_out(q, v), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -192,7 +174,11 @@ def _no_backward(ctx, *grads):
     raise EngineRefusal("the native engine has no backward yet; use engine='reference'")
 
 
-forward.register_autograd(_no_backward)
+torch.library.define(_OP, _SCHEMA)
+torch.library.impl(_OP, "CPU", _run_op)
+torch.library.register_fake(_OP, _fake_op)
+torch.library.register_autograd(_OP, _no_backward)
+forward = torch.ops.foveate.native_forward.default
 
 
 def _empty_out(q: Tensor, v: Tensor) -> Tensor:
