@@ -54,12 +54,15 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
+    """Import what is asked for; with the first name of the core all of the core, so that no call pays for it later."""
+    if name not in _NAMES and name not in _MODULES:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    for part in ("patterns", "selectors", "engines", "attention"):
+        importlib.import_module(f"foveate.core.{part}")
     if name in _NAMES:
         value = getattr(importlib.import_module(_NAMES[name]), name)
-    elif name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
     else:
-        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+        value = importlib.import_module(_MODULES[name])
     globals()[name] = value
     return value
 
