@@ -135,46 +135,69 @@ def table(results: dict[str, Any]) -> Table:
 # -------------------- the page
 
 
-def headline(results: dict[str, Any]) -> list[str]:
-    """Two or three sentences that say what was found at the longest length."""
-    length = max((c["length"] for c in results["cells"]), default=0)
+def longest_shown(results: dict[str, Any], task: str) -> int | None:
+    """The longest length at which a task is shown for dense and for something else, or None."""
+    shown = [c for c in results["cells"] if c[task] is not None]
+    others = {c["length"] for c in shown if c["mechanism"] != "dense"}
+    return max(
+        (c["length"] for c in shown if c["mechanism"] == "dense" and c["length"] in others), default=None
+    )
+
+
+def _at(results: dict[str, Any], length: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cells of a length by name, and the restrictions among them: at the density asked, not the control."""
     cells = {c["mechanism"]: c for c in results["cells"] if c["length"] == length}
-    dense = cells.get("dense")
-    if dense is None:
-        return []
-    out = []
     off = off_density(list(cells.values()), results["identity"]["settings"]["density"])
-    clever = [c for n, c in cells.items() if n not in ("dense", "random", *off)]
-    scored = [c for c in clever if c["bpb"] and c["bpb"]["difference"]]
-    if scored:
-        best = min(scored, key=lambda c: c["bpb"]["difference"]["value"])
-        text = (
-            f"At {length:,} tokens and {best['density']:.0%} of the causal pairs, "
-            f"{label(best['mechanism'])} kept "
-            f"the text best: {signed(best['bpb']['difference']['value'])} bits per byte against dense "
-            f"({dense['bpb']['value']:.3f}), at {best['prefill']['speedup']:.2f} times its prefill speed."
-        )
-        high = best["bpb"]["difference"]["high"]
-        if high is not None and high < 0:
-            text += " Less than nothing is lost: this model predicts text better when it sees less of it."
-        out.append(text)
-    control = cells.get("random")
-    if scored and control and control["bpb"] and control["bpb"]["difference"]:
-        mine = control["bpb"]["difference"]["value"]
-        worse = [label(c["mechanism"]) for c in scored if c["bpb"]["difference"]["value"] >= mine]
-        text = f"Random blocks of the same density lost {signed(mine)}"
-        text += f"; {', '.join(worse)} did no better." if worse else ", more than every mechanism."
-        out.append(text)
-    found = [c for c in clever if c["needle"]]
-    if dense["needle"] and found:
-        best = max(found, key=lambda c: c["needle"]["hits"])
-        text = (
-            f"Dense attention found {dense['needle']['hits']} of {dense['needle']['n']} needles; "
-            f"the best restriction, {label(best['mechanism'])}, {best['needle']['hits']}"
-        )
-        text += f", random blocks {control['needle']['hits']}." if control and control["needle"] else "."
-        out.append(text)
+    return cells, [c for n, c in cells.items() if n not in ("dense", "random", *off)]
+
+
+def headline(results: dict[str, Any]) -> list[str]:
+    """Two or three sentences on what was found, each at the longest length that shows it."""
+    out = []
+    length = longest_shown(results, "bpb")
+    if length is not None:
+        cells, clever = _at(results, length)
+        out += _about_text(length, cells, [c for c in clever if c["bpb"]])
+    length = longest_shown(results, "needle")
+    if length is not None:
+        cells, clever = _at(results, length)
+        out += _about_needles(length, cells, [c for c in clever if c["needle"]])
     return out
+
+
+def _about_text(length: int, cells: dict[str, Any], clever: list[dict[str, Any]]) -> list[str]:
+    if not clever:
+        return []
+    best = min(clever, key=lambda c: c["bpb"]["difference"]["value"])
+    lost_by, dense = best["bpb"]["difference"], cells["dense"]["bpb"]["value"]
+    text = (
+        f"At {length:,} tokens and {best['density']:.0%} of the causal pairs, {label(best['mechanism'])} kept "
+        f"the text best: {signed(lost_by['value'])} bits per byte against dense ({dense:.3f}), at "
+        f"{best['prefill']['speedup']:.2f} times its prefill speed."
+    )
+    if lost_by["high"] is not None and lost_by["high"] < 0:
+        text += " Less than nothing is lost: this model predicts text better when it sees less of it."
+    control = cells.get("random")
+    if control is None or not control["bpb"]:
+        return [text]
+    mine = control["bpb"]["difference"]["value"]
+    worse = [label(c["mechanism"]) for c in clever if c["bpb"]["difference"]["value"] >= mine]
+    ending = f"; {', '.join(worse)} did no better." if worse else ", more than every mechanism."
+    return [text, f"Random blocks of the same density lost {signed(mine)}{ending}"]
+
+
+def _about_needles(length: int, cells: dict[str, Any], clever: list[dict[str, Any]]) -> list[str]:
+    if not clever:
+        return []
+    dense, best = cells["dense"]["needle"], max(clever, key=lambda c: c["needle"]["hits"])
+    text = (
+        f"At {length:,} tokens dense attention found {dense['hits']} of {dense['n']} needles; "
+        f"the best restriction, {label(best['mechanism'])}, {best['needle']['hits']}"
+    )
+    control = cells.get("random")
+    return [
+        text + (f", random blocks {control['needle']['hits']}." if control and control["needle"] else ".")
+    ]
 
 
 def off_density(cells: list[dict[str, Any]], asked: float) -> list[str]:
@@ -306,43 +329,38 @@ def html(results: dict[str, Any]) -> str:
 
 
 def tradeoff_png(results: dict[str, Any]) -> bytes:
-    """The trade-off at the longest length as a PNG (needs matplotlib, extra ``viz``)."""
+    """The trade-off as a PNG, each task at the longest length that shows it (needs matplotlib)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    length = max(c["length"] for c in results["cells"])
-    cells = [c for c in results["cells"] if c["length"] == length]
-    panels = [(points, name) for name in ("bpb", "needle") if len(points := _points(cells, name)) > 1] or [
-        ([], "bpb")
-    ]
-    figure = Figure(figsize=(5.8 * len(panels), 3.8), dpi=160, layout="constrained")
+    panels: list[tuple[str, int, list[Point]]] = []
+    for name in ("bpb", "needle"):
+        length = longest_shown(results, name)
+        if length is not None:
+            cells = [c for c in results["cells"] if c["length"] == length]
+            panels.append((name, length, _points(cells, name)))
+    figure = Figure(figsize=(5.8 * max(len(panels), 1), 3.8), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (points, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _panel(axis, points, name)
-    model = results["identity"]["model"]
-    figure.suptitle(
-        f"{model['name']}, {length:,} tokens: what a quarter of the pairs costs, and saves"
-        if 0.2 <= results["identity"]["settings"]["density"] <= 0.3
-        else f"{model['name']}, {length:,} tokens: what restricting attention costs, and saves",
-        fontsize=11,
-        x=0.01,
-        ha="left",
-        weight="bold",
-    )
+    axes = figure.subplots(1, len(panels), squeeze=False)[0] if panels else []
+    for axis, (name, length, points) in zip(axes, panels, strict=True):
+        _panel(axis, points, name, length)
+    share = results["identity"]["settings"]["density"]
+    title = f"{results['identity']['model']['name']}: what {share:.0%} of the pairs costs, and saves"
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11, x=0.01, ha="left", weight="bold")
     buffer = BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
     return buffer.getvalue()
 
 
-def _panel(axis: Any, points: list[Point], name: str) -> None:
+def _panel(axis: Any, points: list[Point], name: str, length: int) -> None:
     for p in points:
         face = "white" if p.control else p.colour
         axis.scatter([p.x], [p.y], s=64, zorder=3, facecolor=face, edgecolor=p.colour, linewidth=1.6)
         if p.low is not None and p.high is not None:
             axis.vlines(p.x, p.low, p.high, color=p.colour, alpha=0.5, linewidth=1.4, zorder=2)
     axis.set_xlabel("prefill speed relative to dense  (×, right is faster)", fontsize=9)
-    title = "bits per byte lost  (up is better)" if name == "bpb" else "needles found  (up is better)"
-    axis.set_title(title, fontsize=9.5, loc="left", color="#555555")
+    what = "bits per byte lost" if name == "bpb" else "needles found"
+    axis.set_title(f"{what} at {length:,} tokens  (up is better)", fontsize=9.5, loc="left", color="#555555")
     axis.tick_params(labelsize=8, length=0)
     axis.grid(True, color="#e6e6e6", linewidth=0.8)
     for side in axis.spines.values():

@@ -151,7 +151,7 @@ def test_the_headline_names_the_best_and_the_control(results):
     )
     assert second == "Random blocks of the same density lost +0.120, more than every mechanism."
     assert third.startswith(
-        "Dense attention found 20 of 20 needles; the best restriction, window + sinks, 17"
+        "At 131,072 tokens dense attention found 20 of 20 needles; the best restriction, window + sinks, 17"
     )
 
 
@@ -164,6 +164,21 @@ def test_the_headline_says_when_seeing_less_is_better_and_leaves_out_another_den
     assert report.headline(results)[0].startswith(
         "At 131,072 tokens and 25% of the causal pairs, dilated kept"
     )
+
+
+def test_each_task_is_told_at_the_longest_length_that_shows_it(results, tmp_path):
+    for c in results["cells"]:
+        if c["length"] == 131072:
+            c["needle"] = None
+    sentences = report.headline(results)
+    assert sentences[0].startswith("At 131,072 tokens")
+    assert sentences[-1].startswith("At 2,048 tokens dense attention found 20 of 20 needles")
+    assert report.longest_shown(results, "needle") == 2048
+    assert report.tradeoff_png(results)[:4] == b"\x89PNG"
+    for c in results["cells"]:
+        c["bpb"] = c["needle"] = None
+    assert report.headline(results) == []
+    assert report.tradeoff_png(results)[:4] == b"\x89PNG"
 
 
 def test_gated_and_unfinished_runs_make_a_page(results):
