@@ -210,7 +210,8 @@ def report(
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(
-        prog="python -m foveate.organisms.reader.evaluate", description=__doc__.splitlines()[0]
+        prog="python -m foveate.organisms.reader.evaluate",
+        description="Bits per byte, needle recall, heads of a byte-level model.",
     )
     p.add_argument("--model", type=Path, help="Hugging Face folder (default: the shipped reader)")
     p.add_argument("--run", type=Path, help="a training run: its last checkpoint")

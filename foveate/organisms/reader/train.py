@@ -432,7 +432,7 @@ def _worker(rank: int, a: argparse.Namespace, store: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     d = TrainConfig()
     p = argparse.ArgumentParser(
-        prog="python -m foveate.organisms.reader.train", description=__doc__.splitlines()[0]
+        prog="python -m foveate.organisms.reader.train", description="Train the organism reader."
     )
     p.add_argument(
         "--out",
