@@ -127,7 +127,7 @@ def policy(name: str, length: int, density: float, shape: Shape, seed: int = 0) 
 
     >>> built = policy("sliding_sinks", 1024, 0.25, Shape(4, 2))
     >>> built.text
-    'Causal() & (SlidingWindow(120) | Sinks(16))'
+    'Causal() & (SlidingWindow(121) | Sinks(16))'
     """
     return _policy(name, length, density, shape, seed)
 
