@@ -173,7 +173,9 @@ def _reader_question(
     from foveate.organisms.reader import data
 
     try:
-        ids, answer = data.needle(length, depth, rng, text.data, distractors=0)  # one key, as for other models
+        ids, answer = data.needle(
+            length, depth, rng, text.data, distractors=0
+        )  # one key, as for other models
     except ValueError as error:
         raise CompareError(f"task needle at --lengths {length}: {error}") from error
     return Question(torch.from_numpy(ids), answer.stop - answer.start, depth)

@@ -230,7 +230,7 @@ class BlockLayout:
             raise ValueError(f"mask must not have an empty dimension, got shape {tuple(mask.shape)}")
         dense = mask.detach().cpu().numpy()
         dense = dense.reshape((1,) * (4 - dense.ndim) + dense.shape)
-        batch, heads, n, m = dense.shape
+        batch, heads, n, m = (int(size) for size in dense.shape)
         nq, nk = tiles(n), tiles(m)
         rows_parts, idx_parts, word_parts = [], [], []
         for b in range(batch):
@@ -292,8 +292,8 @@ class BlockLayout:
         bounds[2] = tail_word(k_len).astype(np.int64)
         bounds[3] = bounds[1] & bounds[2]
         table &= bounds[pair_clip]
-        full = (table == bounds[pair_clip]).all(axis=1)
-        empty = ~table.any(axis=1)
+        full = np.all(table == bounds[pair_clip], axis=1)
+        empty = np.logical_not(table.any(axis=1))
         # 3. number the distinct partial bitmaps, in the order of their content
         partial = np.flatnonzero(~full & ~empty)
         dictionary, number = (
@@ -342,8 +342,8 @@ class BlockLayout:
                 f"blocks must end in {wanted} for block={block}, got shape {tuple(blocks.shape)}"
             )
         grid = blocks.detach().cpu().numpy()
-        grid = grid.reshape((1,) * (4 - grid.ndim) + grid.shape)
-        batch, heads = grid.shape[:2]
+        batch, heads = (int(size) for size in (1, 1, *grid.shape)[-4:-2])
+        grid = grid.reshape(batch, heads, *grid.shape[-2:])
         nq, nk, times = tiles(q_len), tiles(k_len), block // TILE
         grid = grid.repeat(times, axis=2).repeat(times, axis=3)[:, :, :nq, :nk]
         which = np.broadcast_to(np.int64(-1), (nq, nk))

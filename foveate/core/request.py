@@ -55,7 +55,7 @@ class AttentionRequest:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, N, M)"""
-        return (*self.q.shape[:3], self.k.shape[2])
+        return self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
 
     @property
     def groups(self) -> int:
@@ -110,7 +110,7 @@ def make_request(
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"the heads of q ({heads}) must be a multiple of the heads of k and v ({kv_heads})")
     if scale is None:
-        scale = dim**-0.5
+        scale = float(dim**-0.5)
     elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number or None (head_dim ** -0.5), got {scale!r}")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:

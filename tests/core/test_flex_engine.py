@@ -218,7 +218,6 @@ def test_refusals_name_the_reason(change, words):
         fv.attention(q, k, v, engine="flex", **change)
 
 
-@pytest.mark.xfail(reason="engines.refusal does not ask why_not_lse yet", strict=False)
 def test_lse_is_refused_on_cpu():
     q, k, v = tensors(1, 1, 1, 70, 70, 16, 16)
     assert "log-sum-exp" in (flex.why_not_lse(make_request(q, k, v)) or "")

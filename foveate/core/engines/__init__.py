@@ -40,7 +40,8 @@ def refusal(name: str, request: AttentionRequest, return_lse: bool) -> str | Non
     """Why the engine `name` declines, or None."""
     if name == "sdpa" and return_lse:
         return "it does not return lse"
-    return ENGINES[name].why_not(request)
+    reason = ENGINES[name].why_not(request)
+    return flex.why_not_lse(request) if reason is None and return_lse and name == "flex" else reason
 
 
 def describe(request: AttentionRequest, return_lse: bool = False) -> str:

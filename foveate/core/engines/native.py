@@ -132,7 +132,7 @@ def why_not(request: AttentionRequest) -> str | None:
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
-    softcap = request.scores[0].cap if request.scores else 0.0
+    softcap = next((score.cap for score in request.scores if isinstance(score, SoftCap)), 0.0)
     arrays = [None] * 4
     batch = heads = 1
     if request.kind == "layout":

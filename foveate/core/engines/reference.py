@@ -82,14 +82,15 @@ def dense_attention(
             f"the reference engine would hold {batch * heads * n * m} logits; the limit is {limit}"
         )
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scale = dim**-0.5 if scale is None else scale
+    scale = float(dim**-0.5 if scale is None else scale)
     groups = heads // kv_heads
     qw = q.to(wide).unflatten(1, (kv_heads, groups))  # (B, Hkv, G, N, D)
     kw, vw = k.to(wide).unsqueeze(2), v.to(wide).unsqueeze(2)  # (B, Hkv, 1, M, D)
     poisoned = allowed is not None and not (
         torch.isfinite(kw).all() and torch.isfinite(vw).all() and torch.isfinite(qw).all()
     )
-    logits = (torch.matmul(qw, kw.transpose(-1, -2)) * scale).flatten(1, 2)  # (B, H, N, M)
+    logits = (_products(qw, kw) if poisoned else torch.matmul(qw, kw.transpose(-1, -2))) * scale
+    logits = logits.flatten(1, 2)  # (B, H, N, M)
     for score in scores:
         logits = score.apply(logits)
     if allowed is not None:
@@ -112,9 +113,17 @@ def dense_attention(
         p = torch.nn.functional.dropout(p, dropout_p)
     grouped = p.unflatten(1, (kv_heads, groups))
     out = torch.matmul(grouped, vw).flatten(1, 2)
-    if poisoned:
+    if poisoned and allowed is not None:
         out = _exact_product(p, v.to(wide).repeat_interleave(groups, 1), allowed)
     return out.to(q.dtype), lse
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """q k^T whose backward multiplies no NaN or Inf of q or k: 0 * NaN of a masked pair would reach a gradient."""
+    clean_q, clean_k = (torch.where(torch.isfinite(t).all(-1, keepdim=True), t, 0.0) for t in (q, k))
+    broken = ~torch.isfinite(q).all(-1).unsqueeze(-1) | ~torch.isfinite(k).all(-1).unsqueeze(-2)
+    true = torch.matmul(q.detach(), k.detach().transpose(-1, -2))
+    return torch.where(broken, true, torch.matmul(clean_q, clean_k.transpose(-1, -2)))
 
 
 def _exact_product(p: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
@@ -123,5 +132,5 @@ def _exact_product(p: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
     out = torch.matmul(p.masked_fill(broken.unsqueeze(2), 0.0), v.masked_fill(broken.unsqueeze(-1), 0.0))
     for j in broken.any(0).any(0).nonzero().flatten().tolist():
         sees = torch.broadcast_to(allowed, p.shape)[..., j] & broken[..., j].unsqueeze(-1)  # (B, H, N)
-        out = out + torch.where(sees.unsqueeze(-1), p[..., j : j + 1] * v[..., j : j + 1, :], 0.0)
+        out = out + p[..., j : j + 1] * torch.where(sees.unsqueeze(-1), v[..., j : j + 1, :], 0.0)
     return out
