@@ -15,6 +15,7 @@ FV_OP void store(float* p, Vec a) { _mm256_storeu_ps(p, a.x); }
 FV_OP Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x)}; }
 FV_OP Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x)}; }
 FV_OP Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
+FV_OP Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
 FV_OP Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 FV_OP Vec mac(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 FV_OP Vec mac_mem(const float* p, Vec b, Vec c) { return fma(bcast32(p), b, c); }
@@ -25,6 +26,7 @@ FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) {
   return {_mm256_blendv_ps(b.x, a.x, _mm256_castsi256_ps(on))};
 }
 FV_OP Vec select_eq(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ))}; }
+FV_OP Vec select_lt(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ))}; }
 FV_OP Vec widen(const float* p) { return load(p); }
 FV_OP Vec widen(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(const void*)p)), 16))};

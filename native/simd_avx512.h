@@ -15,11 +15,15 @@ FV_OP void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 FV_OP Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 FV_OP Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 FV_OP Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+FV_OP Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 FV_OP Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
 FV_OP Vec vmax(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }  // b where either is NaN
 FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) { return {_mm512_mask_blend_ps((__mmask16)bits, b.x, a.x)}; }
 FV_OP Vec select_eq(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_EQ_OQ), no.x, yes.x)};
+}
+FV_OP Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), no.x, yes.x)};
 }
 FV_OP Vec widen(const float* p) { return load(p); }
 FV_OP Vec widen(const uint16_t* p) {

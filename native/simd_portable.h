@@ -17,6 +17,7 @@ FV_OP void store(float* p, Vec a) { memcpy(p, &a.x, 16); }
 FV_OP Vec add(Vec a, Vec b) { return {a.x + b.x}; }
 FV_OP Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
 FV_OP Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
+FV_OP Vec div(Vec a, Vec b) { return {a.x / b.x}; }
 FV_OP Vec fma(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }
 FV_OP Vec mac(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 FV_OP Vec mac_mem(const float* p, Vec b, Vec c) { return fma(bcast32(p), b, c); }
@@ -29,6 +30,7 @@ FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) {
   return pick(on, a, b);
 }
 FV_OP Vec select_eq(Vec a, Vec b, Vec yes, Vec no) { return pick(a.x == b.x, yes, no); }
+FV_OP Vec select_lt(Vec a, Vec b, Vec yes, Vec no) { return pick(a.x < b.x, yes, no); }
 FV_OP Vec widen(const float* p) { return load(p); }
 FV_OP Vec widen(const uint16_t* p) {
   fv_i4 bits = {(int32_t)((uint32_t)p[0] << 16), (int32_t)((uint32_t)p[1] << 16), (int32_t)((uint32_t)p[2] << 16), (int32_t)((uint32_t)p[3] << 16)};
