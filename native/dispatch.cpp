@@ -327,7 +327,8 @@ const char* check(const fv_args& a, bool backward) {
   if (a.q_len > most || a.k_len > most || !product_fits(a.batch, a.heads, a.q_len + FV_TILE) ||
       !product_fits(a.batch, a.heads, a.k_len + FV_TILE))
     return "sizes overflow";
-  if (a.bias && a.bias_dtype != FV_F32 && a.bias_dtype != FV_BF16) return "bias must be float32 or bfloat16";
+  if (a.bias && a.bias_dtype != FV_F32 && a.bias_dtype != FV_BF16 && a.bias_dtype != FV_F16)
+    return "bias must be float32, bfloat16 or float16";
   if (a.table)
     if (const char* what = check_table(a)) return what;
   if (backward) {

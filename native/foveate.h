@@ -12,7 +12,7 @@
 #define FV_EXPORT extern "C"
 #endif
 
-enum fv_dtype { FV_F32 = 0, FV_BF16 = 1 };
+enum fv_dtype { FV_F32 = 0, FV_BF16 = 1, FV_F16 = 2 };  // float16: biases only
 enum fv_kind { FV_FULL = 0, FV_CAUSAL = 1, FV_LAYOUT = 2 };  // causal: bottom-right aligned
 enum fv_normalizer { FV_SOFTMAX = 0, FV_SIGMOID = 1, FV_RELU = 2 };
 enum fv_isa {

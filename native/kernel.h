@@ -25,6 +25,24 @@ FV_INLINE float from_bf16(bf16 x) {
   __builtin_memcpy(&y, &bits, 4);
   return y;
 }
+struct half {
+  uint16_t bits;
+};
+FV_INLINE float as_float(const half* p) {
+  const uint32_t sign = (uint32_t)(p->bits & 0x8000) << 16, rest = (uint32_t)(p->bits & 0x7fff) << 13;
+  uint32_t bits;
+  float y;
+  if (rest >= 0x0f800000u) {  // infinity, NaN
+    bits = rest + 0x70000000u;
+  } else {  // 2^112 moves the exponent, subnormals included
+    __builtin_memcpy(&y, &rest, 4);
+    y *= 5192296858534827628530496329220096.f;
+    __builtin_memcpy(&bits, &y, 4);
+  }
+  bits |= sign;
+  __builtin_memcpy(&y, &bits, 4);
+  return y;
+}
 FV_INLINE float as_float(const float* p) { return *p; }
 FV_INLINE float as_float(const bf16* p) { return from_bf16(*p); }
 FV_INLINE int64_t up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }

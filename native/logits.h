@@ -59,8 +59,10 @@ static __attribute__((noinline)) void extra_tile(const fv_args& a, const Logits&
     const int64_t at = b * st[0] + h * st[1] + i * T * st[2] + j * T * st[3];
     if (a.bias_dtype == FV_F32)
       add_bias((const float*)a.bias + at, st[2], st[3], queries, keys, extra);
-    else
+    else if (a.bias_dtype == FV_BF16)
       add_bias((const bf16*)a.bias + at, st[2], st[3], queries, keys, extra);
+    else
+      add_bias((const half*)a.bias + at, st[2], st[3], queries, keys, extra);
   } else {
     for (int n = 0; n < keys * T; ++n) extra[n] = 0.f;
   }

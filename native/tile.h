@@ -4,7 +4,7 @@
 
 #define FV_STEP 4       // key tiles that share one rescaling of the output
 #define FV_BACK_STEP 2  // key tiles the backward holds at once,
-#define FV_BACK_ROWS 2  // for this many query tiles
+#define FV_BACK_ROWS 4  // for this many query tiles
 
 // Keys and values in the form the kernel reads, made once per head instead of once per visit; null where they are read
 // in place. Both hold whole tiles for a run of (batch, kv head) pairs that begins at `first`.
