@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foveate.core.normalizers import Softmax
 from foveate.core.request import AttentionRequest, EngineRefusal, layout_arrays
 from foveate.core.scores import SoftCap
 
@@ -120,6 +121,8 @@ def why_not(request: AttentionRequest) -> str | None:
         return f"head dims must be at most {MAX_DIM}, got {q.shape[3]} and {request.v.shape[3]}"
     if any(not isinstance(score, SoftCap) for score in request.scores) or len(request.scores) > 1:
         return "of the scores it takes a single SoftCap"
+    if not isinstance(request.normalizer, Softmax):
+        return f"it normalises with Softmax, not with {request.normalizer}"
     if request.dropout_p:
         return "it has no dropout"
     if torch.compiler.is_compiling():
