@@ -21,6 +21,15 @@ _NAMES = {
     "EngineRefusal": "foveate.core.request",
     "SoftCap": "foveate.core.scores",
     "Bias": "foveate.core.scores",
+    "ALiBi": "foveate.core.scores",
+    "RelativeBias": "foveate.core.scores",
+    "T5Bias": "foveate.core.scores",
+    "Temperature": "foveate.core.scores",
+    "alibi_slopes": "foveate.core.scores",
+    "Softmax": "foveate.core.normalizers",
+    "SoftmaxPlusOne": "foveate.core.normalizers",
+    "Sigmoid": "foveate.core.normalizers",
+    "ReLU": "foveate.core.normalizers",
 }
 _MODULES = {
     "patterns": "foveate.patterns",
@@ -30,11 +39,20 @@ _MODULES = {
 }
 
 __all__ = [
+    "ALiBi",
     "Bias",
     "BlockLayout",
     "EngineRefusal",
+    "ReLU",
+    "RelativeBias",
+    "Sigmoid",
     "SoftCap",
+    "Softmax",
+    "SoftmaxPlusOne",
+    "T5Bias",
+    "Temperature",
     "__version__",
+    "alibi_slopes",
     "attention",
     "explain",
     "hf",
@@ -49,8 +67,9 @@ if TYPE_CHECKING:
     from foveate.core.attention import attention, explain
     from foveate.core.layout import BlockLayout
     from foveate.core.merge import merge
+    from foveate.core.normalizers import ReLU, Sigmoid, Softmax, SoftmaxPlusOne
     from foveate.core.request import EngineRefusal
-    from foveate.core.scores import Bias, SoftCap
+    from foveate.core.scores import ALiBi, Bias, RelativeBias, SoftCap, T5Bias, Temperature, alibi_slopes
 
 
 def __getattr__(name: str):

@@ -9,6 +9,7 @@ from torch import Tensor
 from foveate.core.request import make_request
 
 if TYPE_CHECKING:
+    from foveate.core.normalizers import Normalizer
     from foveate.core.request import Who
     from foveate.core.scores import Score
 
@@ -22,15 +23,18 @@ def attention(
     is_causal: bool = False,
     score: Score | tuple[Score, ...] | None = None,
     sinks: Tensor | None = None,
-    normalizer: str = "softmax",
+    normalizer: Normalizer | str = "softmax",
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     engine: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Softmax attention over the pairs that `pattern` allows.
+    """Attention over the pairs that `pattern` allows.
 
         out_i = sum_j p_ij v_j,   p_ij = exp(s_ij) / (exp(sink) + sum_j' exp(s_ij')),   s = score(scale q k^T)
+
+    with other weights p for other normalisers.
 
     Args:
         q: (B, H, N, D); k: (B, Hkv, M, D); v: (B, Hkv, M, Dv). H is a multiple of Hkv and query head h reads key/value
@@ -40,18 +44,22 @@ def attention(
             function is evaluated at every call, as it may read tensors that change; `MaskMod(f)` keeps its layout.
         is_causal: also require key position <= query position. For N != M the last query is aligned with the last key
             (bottom-right), unlike SDPA, which aligns the first ones.
-        score: changes to the scaled logits, applied in order: `SoftCap`, `Bias`, or a tuple of them.
+        score: changes to the scaled logits, applied in order: `SoftCap`, `Bias`, `Temperature`, `RelativeBias`,
+            `ALiBi`, `T5Bias`, or a tuple of them. Their tensors get gradients.
         sinks: (H,) one extra logit per head that takes weight but has no value.
-        normalizer: "softmax".
+        normalizer: how logits become weights: "softmax", "softmax_plus_one" (a sink of 0 besides), "sigmoid", "relu",
+            or an instance such as `Sigmoid(bias)`. The last two take no sinks and have no lse.
         scale: factor on q k^T; default D ** -0.5.
-        dropout_p: dropout on the weights, in [0, 1).
+        dropout_p: dropout on the weights, in [0, 1); kept ones are multiplied by 1 / (1 - dropout_p). Not on the lse.
+        dropout_seed: decides which weights are kept, the same ones on every engine (`foveate.core.dropout`): an int, an
+            int64 tensor of one element, or None to draw one from torch's default generator.
         return_lse: also return log sum exp of the logits of each row (natural logarithm, sink included).
         engine: "auto", "native", "flex", "sdpa" or "reference". A named engine runs or raises; it never falls back.
 
     Returns:
         out (B, H, N, Dv) in q's dtype; with return_lse also lse (B, H, N) in float32 (float64 for float64).
-        A row that may attend to nothing gives 0 and lse = -inf, and its gradient is 0. NaN or Inf in keys and values
-        that are masked for a row never reach it.
+        A row that may attend to nothing gives 0 and lse = -inf (with sinks, the sink), and its gradient is 0. NaN or
+        Inf in keys and values that are masked for a row never reach it.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
@@ -78,6 +86,8 @@ def attention(
         normalizer=normalizer,
         scale=scale,
         dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
     )
     out, lse = engines.choose(request, engine, return_lse=return_lse).run(request)
     return (out, lse) if return_lse else out
@@ -92,9 +102,10 @@ def explain(
     is_causal: bool = False,
     score: Score | tuple[Score, ...] | None = None,
     sinks: Tensor | None = None,
-    normalizer: str = "softmax",
+    normalizer: Normalizer | str = "softmax",
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
     engine: str = "auto",
 ) -> str:
@@ -118,6 +129,8 @@ def explain(
         normalizer=normalizer,
         scale=scale,
         dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
     )
     try:
         picked = engines.choose(request, engine, return_lse=return_lse).name

@@ -6,13 +6,14 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
 from foveate.core.layout import BlockLayout
-from foveate.core.scores import Bias, Score, SoftCap
+from foveate.core.normalizers import Normalizer, ReLU, Sigmoid, all_sinks, as_normalizer
+from foveate.core.scores import Score
 
 if TYPE_CHECKING:
     from foveate.core.patterns.base import Pattern
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     Who = Pattern | BlockLayout | Selector | Tensor | Callable | None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-NORMALIZERS = ("softmax",)
 
 
 class EngineRefusal(ValueError):
@@ -43,9 +43,10 @@ class AttentionRequest:
     kind: str  # "full", "causal" (bottom-right aligned) or "layout"
     scores: tuple[Score, ...]
     sinks: Tensor | None  # (H,)
-    normalizer: str
+    normalizer: Normalizer
     scale: float
     dropout_p: float
+    dropout_seed: Tensor | None  # int64 (1,) on the CPU; None exactly when dropout_p is 0
     made: list[BlockLayout] = field(default_factory=list, repr=False)  # the layout, once made
 
     @property
@@ -62,9 +63,14 @@ class AttentionRequest:
         return self.q.shape[1] // self.k.shape[1]
 
     @property
+    def all_sinks(self) -> Tensor | None:
+        """The sink logit of each head, (H,), with what the normaliser adds; None = no sink. Differentiable."""
+        return all_sinks(self.normalizer, self.sinks, self.q)
+
+    @property
     def needs_grad(self) -> bool:
         tensors = [self.q, self.k, self.v, self.sinks]
-        tensors += [score.tensor for score in self.scores if isinstance(score, Bias)]
+        tensors += [tensor for score in self.scores for tensor in score.tensors.values()]
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -77,9 +83,11 @@ def make_request(
     is_causal: bool = False,
     score: Score | tuple[Score, ...] | None = None,
     sinks: Tensor | None = None,
-    normalizer: str = "softmax",
+    normalizer: Normalizer | str = "softmax",
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
 ) -> AttentionRequest:
     """Validate the arguments of `attention()`; every error names the argument, what came and what is accepted."""
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -115,17 +123,27 @@ def make_request(
         raise ValueError(f"scale must be a finite number or None (head_dim ** -0.5), got {scale!r}")
     if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p!r}")
-    if normalizer not in NORMALIZERS:
-        raise ValueError(f"normalizer must be one of {', '.join(NORMALIZERS)}; got {normalizer!r}")
+    seed = _dropout_seed(dropout_seed, dropout_p)
+    normalizer = as_normalizer(normalizer)
+    if isinstance(normalizer, (Sigmoid, ReLU)):
+        for name, given in (("sinks", sinks is not None), ("return_lse", return_lse)):
+            if given:
+                raise ValueError(
+                    f"{name} belongs to a sum of exponentials; {normalizer} has none. It is accepted with Softmax and "
+                    "SoftmaxPlusOne"
+                )
     shape = (batch, heads, n, m)
     scores = () if score is None else score if isinstance(score, tuple) else (score,)
     for item in scores:
-        if not isinstance(item, (Bias, SoftCap)):
-            raise TypeError(f"score must be a SoftCap, a Bias or a tuple of them, got {type(item).__name__}")
-        if isinstance(item, Bias):
-            item.check(shape)
-            if item.tensor.device != q.device:
-                raise ValueError(f"Bias.tensor is on {item.tensor.device}, q is on {q.device}")
+        if not isinstance(item, Score):
+            raise TypeError(
+                f"score must be one of {', '.join(kind.__name__ for kind in get_args(Score))} or a tuple of them, "
+                f"got {type(item).__name__}"
+            )
+        item.check(shape)
+        for name, tensor in item.tensors.items():
+            if tensor.device != q.device:
+                raise ValueError(f"{type(item).__name__}.{name} is on {tensor.device}, q is on {q.device}")
     if sinks is not None:
         if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
             raise TypeError(f"sinks must be a floating point tensor, got {type(sinks).__name__}")
@@ -137,8 +155,31 @@ def make_request(
             raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}")
     who, is_causal, kind = resolve_pattern(pattern, shape, bool(is_causal))
     return AttentionRequest(
-        q, k, v, who, is_causal, kind, scores, sinks, normalizer, float(scale), float(dropout_p)
+        q, k, v, who, is_causal, kind, scores, sinks, normalizer, float(scale), float(dropout_p), seed
     )
+
+
+def _dropout_seed(seed: int | Tensor | None, dropout_p: float) -> Tensor | None:
+    """The seed as an int64 tensor (1,) on the CPU; drawn from torch's default generator where None is given."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(
+                f"dropout_seed must be an int or an int64 tensor of one element, got {seed.dtype} {tuple(seed.shape)}"
+            )
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(
+                f"dropout_seed must be an int or an int64 tensor of one element, got {type(seed).__name__}"
+            )
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"dropout_seed must lie in [0, 2 ** 63), got {seed}")
+    if not dropout_p:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.detach().reshape(1).cpu()
+    if seed is None:
+        return torch.randint((1 << 63) - 1, (1,), dtype=torch.int64)
+    return torch.tensor([seed], dtype=torch.int64)
 
 
 def resolve_pattern(

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.layout import TILE, BlockLayout, pack_bits, tiles
+from foveate.core.normalizers import Softmax, SoftmaxPlusOne
 from foveate.core.request import AttentionRequest, EngineRefusal
 from foveate.core.scores import Bias, SoftCap
 
@@ -222,10 +223,14 @@ def why_not(request: AttentionRequest) -> str | None:
         return "compiled FlexAttention takes float32, bfloat16 and float16, not float64"
     if request.dropout_p:
         return "FlexAttention has no dropout"
+    if not isinstance(request.normalizer, (Softmax, SoftmaxPlusOne)):
+        return f"FlexAttention normalises with softmax, not with {request.normalizer}"
+    if any(not isinstance(score, (SoftCap, Bias)) for score in request.scores):
+        return "of the scores it takes SoftCap and Bias"
     if device == "cpu":
         if request.needs_grad:
             return "FlexAttention has no backward on CPU; use torch.no_grad() or another engine"
-        if request.sinks is not None:
+        if request.all_sinks is not None:
             return "sinks need the log-sum-exp, which compiled FlexAttention does not return on CPU"
         return _cpu_obstacle()
     if min(q.shape[3], v.shape[3]) < 16:
@@ -294,7 +299,7 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         if isinstance(score, SoftCap):
             kinds.append("softcap")
             buffers.append(torch.tensor(float(score.cap), dtype=torch.float32, device=q.device))
-        else:
+        elif isinstance(score, Bias):
             kinds.append("bias" + "".join("01"[size > 1] for size in _four(score.tensor).shape))
             buffers.append(_four(score.tensor.detach()))
     finite = _finite(q, k, v)
@@ -324,8 +329,9 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
             f"engine 'flex' cannot run this: torch.compile refuses another recompilation of {variant}. Raise "
             "torch._dynamo.config.recompile_limit or call torch.compiler.reset()"
         ) from error
-    if request.sinks is not None and lse is not None:
-        sink = request.sinks.to(lse.dtype).view(1, -1, 1)
+    sinks = request.all_sinks
+    if sinks is not None and lse is not None:
+        sink = sinks.to(lse.dtype).view(1, -1, 1)
         out = out * torch.sigmoid(lse - sink).unsqueeze(-1).to(out.dtype)
         lse = torch.logaddexp(lse, sink)
     if not finite:

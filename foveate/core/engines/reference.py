@@ -1,7 +1,7 @@
 """The reference engine: dense, plain, differentiable to any order. It is the definition; every other engine is tested
 against it in float64.
 
-    s = scale q k^T  (-> scores)        p = softmax over the allowed keys and the sink        out = p v
+    s = scale q k^T  (-> scores)        p = normaliser over the allowed keys and the sink        out = dropout(p) v
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.core.dropout import keep_mask
+from foveate.core.normalizers import Normalizer, ReLU, Sigmoid, Softmax, all_sinks
 from foveate.core.request import AttentionRequest
 
 name = "reference"
@@ -27,7 +29,7 @@ def why_not(request: AttentionRequest, *, limit: int = LIMIT) -> str | None:
     return None
 
 
-def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     allowed = None if request.kind == "full" else _allowed(request)
     return dense_attention(
         request.q,
@@ -36,8 +38,10 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         allowed,
         scores=request.scores,
         sinks=request.sinks,
+        normalizer=request.normalizer,
         scale=request.scale,
         dropout_p=request.dropout_p,
+        dropout_seed=request.dropout_seed,
         limit=None,
     )
 
@@ -58,19 +62,24 @@ def dense_attention(
     *,
     scores: tuple = (),
     sinks: Tensor | None = None,
+    normalizer: Normalizer | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     limit: int | None = LIMIT,
-) -> tuple[Tensor, Tensor]:
-    """Softmax attention by its definition.
+) -> tuple[Tensor, Tensor | None]:
+    """Attention by its definition.
 
     Args:
         q, k, v: (B, H, N, D), (B, Hkv, M, D), (B, Hkv, M, Dv).
         allowed: bool, broadcastable to (B, H, N, M), True = may attend; None = everything.
+        normalizer: None = Softmax().
+        dropout_seed: needed with dropout_p > 0.
         limit: refuse to compute more logits than this; None = no guard.
 
     Returns:
-        out (B, H, N, Dv) in q's dtype, lse (B, H, N) in float32 (float64 for float64 inputs).
+        out (B, H, N, Dv) in q's dtype, lse (B, H, N) in float32 (float64 for float64 inputs); None with Sigmoid
+        and ReLU, which have none.
 
     Masked keys and values are replaced before any product, so NaN or Inf in them reaches neither the result nor a
     gradient - a masked logit alone would not stop 0 * NaN in p v.
@@ -92,30 +101,48 @@ def dense_attention(
     logits = (_products(qw, kw) if poisoned else torch.matmul(qw, kw.transpose(-1, -2))) * scale
     logits = logits.flatten(1, 2)  # (B, H, N, M)
     for score in scores:
-        logits = score.apply(logits)
-    if allowed is not None:
-        logits = torch.where(allowed, logits, -torch.inf)
-    top = logits.amax(-1, keepdim=True)
-    if sinks is not None:
-        top = torch.maximum(top, sinks.to(wide).view(1, heads, 1, 1))
-    top = torch.where(torch.isneginf(top), torch.zeros_like(top), top).detach()
-    weights = (logits - top).exp()
-    if allowed is not None:
-        weights = torch.where(allowed, weights, torch.zeros_like(weights))
-    total = weights.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + (sinks.to(wide).view(1, heads, 1, 1) - top).exp()
-    blank = total == 0
-    safe_total = torch.where(blank, torch.ones_like(total), total)
-    lse = torch.where(blank, -torch.inf, top + safe_total.log()).squeeze(-1)
-    p = weights / safe_total
+        logits = score.apply(_visible(logits, allowed, 0.0))
+    p, lse = _weigh(logits, allowed, normalizer or Softmax(), sinks)
     if dropout_p:
-        p = torch.nn.functional.dropout(p, dropout_p)
+        if dropout_seed is None:
+            raise ValueError("dropout_p > 0 needs a dropout_seed, got None")
+        kept = keep_mask(dropout_seed, dropout_p, batch, heads, n, m, q.device)
+        p = torch.where(kept, p / (1 - dropout_p), 0.0)
     grouped = p.unflatten(1, (kv_heads, groups))
     out = torch.matmul(grouped, vw).flatten(1, 2)
     if poisoned and allowed is not None:
         out = _exact_product(p, v.to(wide).repeat_interleave(groups, 1), allowed)
     return out.to(q.dtype), lse
+
+
+def _weigh(
+    logits: Tensor, allowed: Tensor | None, normalizer: Normalizer, sinks: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weights (B, H, N, M), exactly 0 where not allowed, and lse (B, H, N) where the normaliser has one."""
+    if isinstance(normalizer, Sigmoid):
+        shifted = _visible(logits, allowed, 0.0) + normalizer.bias
+        return _visible(torch.sigmoid(shifted), allowed, 0.0), None
+    if isinstance(normalizer, ReLU):
+        return torch.relu(_visible(logits, allowed, 0.0)), None
+    sinks = all_sinks(normalizer, None if sinks is None else sinks.to(logits.dtype), logits)
+    logits = _visible(logits, allowed, -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks.view(1, -1, 1, 1))
+    top = torch.where(torch.isneginf(top), torch.zeros_like(top), top).detach()
+    weights = _visible((logits - top).exp(), allowed, 0.0)
+    total = weights.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.view(1, -1, 1, 1) - top).exp()
+    blank = total == 0
+    safe_total = torch.where(blank, torch.ones_like(total), total)
+    lse = torch.where(blank, -torch.inf, top + safe_total.log()).squeeze(-1)
+    return weights / safe_total, lse
+
+
+def _visible(values: Tensor, allowed: Tensor | None, other: float) -> Tensor:
+    """`values` where allowed, else `other`; neither values nor their gradients leak from where they are not allowed."""
+    return values if allowed is None else torch.where(allowed, values, other)
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.core.normalizers import Softmax
 from foveate.core.request import AttentionRequest
 
 name = "sdpa"
@@ -22,6 +23,10 @@ def why_not(request: AttentionRequest) -> str | None:
         return f"its causal mask is top-left aligned, which differs from ours for {n} queries and {m} keys"
     if request.scores or request.sinks is not None:
         return "it takes no score and no sinks"
+    if not isinstance(request.normalizer, Softmax):
+        return f"it normalises with Softmax, not with {request.normalizer}"
+    if request.dropout_p:
+        return "its dropout draws its own mask, not that of dropout_seed"
     return None
 
 
@@ -30,7 +35,6 @@ def run(request: AttentionRequest) -> tuple[Tensor, None]:
         request.q,
         request.k,
         request.v,
-        dropout_p=request.dropout_p,
         is_causal=request.kind == "causal",
         scale=request.scale,
         enable_gqa=request.groups > 1,

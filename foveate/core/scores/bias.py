@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foveate.core.scores.base import Shape, floating
+
 
 @dataclass(frozen=True, eq=False)
 class Bias:
@@ -23,18 +25,20 @@ class Bias:
     tensor: Tensor
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tensor, Tensor) or not self.tensor.is_floating_point():
-            got = f"{self.tensor.dtype}" if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
-            raise TypeError(f"Bias.tensor must be a floating point tensor, got {got}")
+        floating("Bias", "tensor", self.tensor)
         if self.tensor.ndim > 4:
             raise ValueError(
                 f"Bias.tensor must have at most 4 dimensions, got shape {tuple(self.tensor.shape)}"
             )
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {"tensor": self.tensor}
+
     def apply(self, logits: Tensor) -> Tensor:
         return logits + self.tensor.to(logits.dtype)
 
-    def check(self, shape: tuple[int, int, int, int]) -> None:
+    def check(self, shape: Shape) -> None:
         """Raise ValueError unless the tensor broadcasts to `shape` = (B, H, N, M)."""
         mine = (1,) * (4 - self.tensor.ndim) + tuple(self.tensor.shape)
         if any(a not in (1, b) for a, b in zip(mine, shape, strict=True)):

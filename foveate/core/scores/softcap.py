@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from foveate.core.scores.base import Shape
+
 
 @dataclass(frozen=True)
 class SoftCap:
@@ -27,6 +29,13 @@ class SoftCap:
     def __post_init__(self) -> None:
         if not (isinstance(self.cap, (int, float)) and math.isfinite(self.cap) and self.cap > 0):
             raise ValueError(f"SoftCap.cap must be a positive finite number, got {self.cap!r}")
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def check(self, shape: Shape) -> None:
+        """Fits every shape."""
 
     def apply(self, logits: Tensor) -> Tensor:
         return (logits / self.cap).tanh() * self.cap
