@@ -39,7 +39,9 @@ class Guards:
 
     rounds: int = 7
     budget: float = 60.0  # seconds for the rounds of one case; at least LEAST_ROUNDS are made
-    call_seconds: float = 20.0  # a peer whose call takes longer is timed once; one that is expected to, not at all
+    call_seconds: float = (
+        20.0  # a peer whose call takes longer is timed once; one that is expected to, not at all
+    )
     mask_gib: float = 8.0  # memory of a mask
 
 
@@ -69,7 +71,7 @@ def measure(
     known: list[Row],
     *,
     device: str = "cpu",
-    guards: Guards = Guards(),  # noqa: B008 - frozen
+    guards: Guards = Guards(),
     step: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, object]]:
     """Rows of one case, one per engine, in the order of `engines` (names of `PEERS`).

@@ -58,9 +58,7 @@ class Cell:
     @property
     def name(self) -> str:
         group = f"h{self.heads}" + (f"kv{self.kv_heads}" if self.kv_heads != self.heads else "")
-        return (
-            f"{self.mask}-{self.direction}-{self.dtype}-b{self.batch}-{group}-n{self.length}-d{self.dim}"
-        )
+        return f"{self.mask}-{self.direction}-{self.dtype}-b{self.batch}-{group}-n{self.length}-d{self.dim}"
 
     def gflops(self, area: int) -> float:
         """Floating point operations on `area` allowed pairs per head, in 1e9: 4 D per pair, 3.5 times with backward."""
@@ -68,7 +66,7 @@ class Cell:
         return factor * 4 * self.dim * area * self.batch * self.heads / 1e9
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the gradient of the result, normal, of a fixed seed; q, k, v require gradients with a backward."""
+        """q, k, v and the gradient of the result, normal, of a fixed seed; with a backward q, k, v require gradients."""
         g = torch.Generator(device).manual_seed(0)
         shapes = [(self.heads, self.q_len), (self.kv_heads, self.length), (self.kv_heads, self.length)]
         made = [
@@ -140,20 +138,20 @@ class Peer:
 
 # -------------------------------------------------------------------------------------- this library
 def _foveate(engine: str, task: Task) -> Ready:
-    q, k, v = task.q, task.k, task.v
-    n, m = q.shape[2], k.shape[2]
+    n, m, pattern = task.q.shape[2], task.k.shape[2], task.pattern
 
-    def dense() -> Tensor:
-        return fv.attention(q, k, v, engine=engine)
+    def call(pattern: Pattern | None = None, is_causal: bool = False) -> Tensor:
+        out = fv.attention(task.q, task.k, task.v, pattern, is_causal=is_causal, engine=engine)
+        assert isinstance(out, Tensor)
+        return out
 
-    if isinstance(task.pattern, Full):
-        return Ready(dense)
+    if isinstance(pattern, Full):
+        return Ready(call)
     if task.causal:
-        return Ready(lambda: fv.attention(q, k, v, is_causal=True, engine=engine), dense=dense)
-    pattern = task.pattern
+        return Ready(partial(call, is_causal=True), dense=call)
     build = [_seconds(lambda: build_layout(pattern, n, m)) for _ in range(5)]
     pattern.layout(n, m)  # as for a user, calls after the first find the layout in the cache
-    return Ready(lambda: fv.attention(q, k, v, pattern, engine=engine), statistics.median(build), dense)
+    return Ready(partial(call, pattern), statistics.median(build), call)
 
 
 # ---------------------------------------------------------------------------------------------- SDPA

@@ -165,7 +165,7 @@ def read(path: Path) -> dict[tuple[str, str], Row]:
         raise CompareError(
             f"{path}: line {broken[0]} has another number of fields than the {len(COLUMNS)} columns"
         )
-    rows = (dict(zip(COLUMNS, line, strict=True)) for line in lines[1:])
+    rows: list[Row] = [dict(zip(COLUMNS, line, strict=True)) for line in lines[1:]]
     return {(row["case"], row["engine"]): row for row in rows}
 
 
