@@ -257,11 +257,10 @@ def results_table(rows: Iterable[Row]) -> Any:
     from rich.table import Table as RichTable
 
     table = RichTable(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
-        ("case", "left"), ("engine", "left"), ("time", "right"), ("GFLOP/s", "right"), ("of matmul", "right"),
-        ("of block bound", "right"), ("mask", "right"), ("first call", "right"), ("memory", "right"),
-    ):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=name in ("time", "engine"), overflow="fold")
+    table.add_column("case", overflow="fold")
+    table.add_column("engine", no_wrap=True)
+    for name in ("time", "GFLOP/s", "of matmul", "of block bound", "mask", "first call", "memory"):
+        table.add_column(name, justify="right", no_wrap=name == "time")
     last = ""
     for row in rows:
         if row["status"] != "ok":

@@ -66,7 +66,7 @@ class Cell:
         return factor * 4 * self.dim * area * self.batch * self.heads / 1e9
 
     def inputs(self, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v and the gradient of the result, normal, of a fixed seed; with a backward q, k, v require gradients."""
+        """q, k, v and the gradient of the result, of a fixed seed; with a backward q, k and v require gradients."""
         g = torch.Generator(device).manual_seed(0)
         shapes = [(self.heads, self.q_len), (self.kv_heads, self.length), (self.kv_heads, self.length)]
         made = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from foveate.bench.kernels_peers import PEERS
@@ -79,12 +80,12 @@ def _sweep(rows: Sequence[Row]) -> Figure:
         squeeze=False, layout="constrained",
     )  # fmt: skip
     lengths = sorted({int(row["k_len"]) for row in rows})
-    top = [
-        max(filter(None, (number(r, "matmul_gflops_per_sec") for r in rows if int(r["k_len"]) == n)))
+    product = [
+        median(number(row, "matmul_gflops_per_sec") or 0.0 for row in rows if int(row["k_len"]) == n)
         for n in lengths
     ]
     for axis, mask in zip(axes.flat, masks, strict=False):
-        axis.plot(lengths, top, color="0.6", lw=1, ls=(0, (4, 3)), marker="_", label="matrix product")
+        axis.plot(lengths, product, color="0.6", lw=1, ls=(0, (4, 3)), marker="_", label="matrix product")
         for engine in engines:
             points = sorted(
                 (int(row["k_len"]), number(row, "gflops_per_sec"))
@@ -99,6 +100,7 @@ def _sweep(rows: Sequence[Row]) -> Figure:
         axis.set_visible(False)
     axes[0, 0].set_xscale("log", base=2)
     axes[0, 0].set_yscale("log")
+    axes[0, 0].yaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes[0, 0].set_xticks(lengths, [_length(n) for n in lengths])
     for axis in axes.flat[: len(masks)]:
         axis.minorticks_off()
