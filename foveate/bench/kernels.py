@@ -135,6 +135,7 @@ class Settings:
 class Listener(Protocol):
     """Who is told how a run goes on."""
 
+    def say(self, line: str) -> None: ...
     def start(self, cells: int, done: int) -> None: ...
     def step(self, what: str) -> None: ...
     def cell(self, rows: Sequence[Row], number: int, cells: int) -> None: ...
@@ -143,6 +144,7 @@ class Listener(Protocol):
 class Silent:
     """A listener that does not listen."""
 
+    def say(self, line: str) -> None: ...
     def start(self, cells: int, done: int) -> None: ...
     def step(self, what: str) -> None: ...
     def cell(self, rows: Sequence[Row], number: int, cells: int) -> None: ...
@@ -175,6 +177,12 @@ def run(
         (cell, engines) for cell, engines in plan if any((cell.name, e) not in table.rows for e in engines)
     ]
     done = len(plan) - len(waiting)
+    older = sorted({row["commit"] for row in table.rows.values()} - {str(where["commit"])})
+    if older:
+        listener.say(
+            f"{table.path.name} holds rows measured at {', '.join(older)}, now {where['commit']}: "
+            "delete the file to measure anew"
+        )
     listener.start(len(plan), done)
     for cell, engines in waiting:
         rows = measure(

@@ -99,7 +99,7 @@ def measure(
             continue
         step(f"{cell.name}: {name}")
         try:
-            _prepare(entry, task, grad, first_results, known, guards)
+            _prepare(entry, task, grad, first_results, known, guards, len(engines) > 1)
         except EngineRefusal as error:
             entry.row["status"] = f"refused: {_reason(error)}"
         except Exception as error:  # of a peer; ours make the command fail in the end
@@ -172,7 +172,13 @@ def _foreseen(engine: str, cell: Cell, share: float, known: list[Row], column: s
 
 
 def _prepare(
-    entry: _Entry, task: Task, grad: Tensor, first_results: list[Tensor], known: list[Row], guards: Guards
+    entry: _Entry,
+    task: Task,
+    grad: Tensor,
+    first_results: list[Tensor],
+    known: list[Row],
+    guards: Guards,
+    several: bool,
 ) -> None:
     """Mask, first call, comparison of results, memory; sets the contestants, or a status when results differ."""
     cell, row, device = task.cell, entry.row, task.device
@@ -185,7 +191,7 @@ def _prepare(
     row["first_step_time"] = (time.perf_counter() - start) * 1e3
     if entry.peer.comparable:
         if not first_results:
-            first_results.extend(results)
+            first_results.extend(results if several else ())
         else:
             row["difference"] = difference(results, first_results)
             if not row["difference"] <= TOLERANCE[cell.dtype]:  # NaN differs too
@@ -204,8 +210,11 @@ def _prepare_dense(
     entry: _Entry, ready: Ready, task: Task, grad: Tensor, known: list[Row], guards: Guards
 ) -> None:
     assert ready.dense is not None
+    """The dense run is taken along unless it would eat up half of the budget, or more."""
     foreseen = _foreseen(entry.peer.name, task.cell, 1.0, known, "dense_step_time")
-    if foreseen is not None and foreseen > guards.call_seconds:
+    if foreseen is not None and (
+        foreseen > guards.call_seconds or foreseen * LEAST_ROUNDS > guards.budget / 2
+    ):
         return
     run = _run(ready.dense, task, grad)
     run()  # it may compile

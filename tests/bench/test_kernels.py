@@ -162,6 +162,7 @@ def test_guards_leave_out_what_would_take_too_long_or_too_much():
     ]
     for row in shorter:
         row["step_time"] = "8000"
+    shorter += [{**row, "k_len": "256", "q_len": "256", "step_time": "1"} for row in shorter]  # less like it
     rows = by_engine(measure(cell, ("sdpa_mask", "native"), shorter, guards=FEW))
     assert rows["sdpa_mask"]["status"] == "skipped: a call would take about 32 s, the guard is 20 s"
     assert rows["native"]["status"] == "ok"  # by visited tiles: 8 s * 0.24 * 4
@@ -247,6 +248,23 @@ def test_a_stopped_run_keeps_its_finished_cases(tmp_path):
         kernels.run(SMALL, tmp_path, measure=stops)
     path = next(tmp_path.glob("*.csv"))
     assert {case.split("-")[0] for case, _ in read(path)} == {"causal"}
+
+
+def test_resume_says_that_rows_are_of_another_commit(tmp_path):
+    table = start(tmp_path)
+    for row in table.rows.values():
+        row["commit"] = "0123abc"
+    table.append([])  # nothing changes on disk
+    assert "0123abc" not in table.path.read_text()
+    table._rewrite()
+    said = []
+
+    class Listener(kernels.Silent):
+        def say(self, line):
+            said.append(line)
+
+    kernels.run(SMALL, tmp_path, resume=True, measure=invented, listener=Listener())
+    assert "holds rows measured at 0123abc, now" in said[0]
 
 
 def test_resume_refuses_another_machine(tmp_path):
