@@ -5,7 +5,7 @@
 #   make test        install with the development tools and run the fast tests
 #   make test-slow   the longer checks
 #   make lint        ruff (rules and format) and pyright
-#   make bench       the benchmarks; JSON and plots into benchmarks/results
+#   make bench       the benchmarks; results and plots into benchmarks/results (continues where it stopped)
 #   make sanitize    rebuild the C++ kernels with address and undefined-behaviour checks and run the engine's tests
 #   make clean       remove .venv, builds, caches and out/
 #
@@ -68,6 +68,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.cli
 	$(BIN)/python benchmarks/cpu_forward.py
+	$(BIN)/foveate bench kernels --preset targets --resume --out benchmarks/results
 
 # The package is copied, so that the checked library never replaces the fast one. Python itself is not instrumented:
 # the sanitizer's runtime is preloaded, and leaks of the interpreter are not counted.
