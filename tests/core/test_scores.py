@@ -112,6 +112,20 @@ def test_alibi(n, m, heads):
     assert consecutive(score, n, m)
 
 
+def test_gradients_of_a_low_precision_table_add_up_in_float32():
+    """1000 clipped distances of gradient 1 each; a bfloat16 sum would stop at 256."""
+    for score in (
+        fv.RelativeBias(torch.zeros(1, 3, dtype=torch.bfloat16, requires_grad=True)),
+        fv.RelativeBias(torch.zeros(1, 3, dtype=torch.bfloat16, requires_grad=True), shape=(1001,)),
+        fv.T5Bias(torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True), False, 2),
+    ):
+        (parameter,) = score.tensors.values()
+        table, q_code, k_code = score.codes(1, 1001)
+        assert table.dtype == torch.float32
+        table[:, (q_code[:, None] - k_code).long()].sum().backward()
+        assert parameter.grad.flatten()[-1] == 1000
+
+
 def test_low_precision_slopes_do_not_round_distances():
     score = fv.ALiBi(torch.tensor([1.0], dtype=torch.bfloat16))
     assert score.codes(1, 1001)[0].amin() == -1000

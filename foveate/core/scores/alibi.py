@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.scores.base import Relative, Shape, distance_codes, floating
+from foveate.core.scores.base import Relative, Shape, distance_codes, floating, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,8 @@ class ALiBi(Relative):
 
     def codes(self, n, m, device=None):
         distances, q_code, k_code = distance_codes(n, m, device)
-        wide = torch.promote_types(self.slopes.dtype, torch.float32)
-        return -self.slopes.to(wide).unsqueeze(1) * distances.abs().to(wide), q_code, k_code
+        slopes = widened(self.slopes)
+        return -slopes.unsqueeze(1) * distances.abs().to(slopes.dtype), q_code, k_code
 
 
 def alibi_slopes(heads: int) -> Tensor:

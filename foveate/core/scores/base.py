@@ -22,7 +22,8 @@ class Relative:
         """(table, q_code, k_code) with bias[b, h, i, j] = table[h, q_code[i] - k_code[j]].
 
         Returns:
-            table (Ht, L): floating point, Ht 1 (all heads) or H, differentiable back to the parameter.
+            table (Ht, L): Ht 1 (all heads) or H, differentiable back to the parameter; float32 or float64, so that its
+            gradients add up in that whatever the parameter's dtype.
             q_code int32 (n,), k_code int32 (m,): every difference lies in [0, L). Where positions are one-dimensional
             both rise by one from element to element, so that a row of a tile reads the table contiguously.
         """
@@ -41,6 +42,11 @@ def floating(owner: str, name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         got = f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{owner}.{name} must be a floating point tensor, got {got}")
+
+
+def widened(parameter: Tensor) -> Tensor:
+    """The parameter in at least float32."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
 
 
 def heads_fit(owner: str, name: str, held: int, shape: Shape) -> None:

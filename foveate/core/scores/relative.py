@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.scores.base import Relative, Shape, distance_codes, floating, heads_fit
+from foveate.core.scores.base import Relative, Shape, distance_codes, floating, heads_fit, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +81,10 @@ class RelativeBias(Relative):
             )
 
     def codes(self, n, m, device=None):
+        table = widened(self.table)
         if self.shape is None:
             distances, q_code, k_code = distance_codes(n, m, device)
-            return self.table.index_select(1, _entries(distances, self.table.shape[1])), q_code, k_code
-        table = self.table
+            return table.index_select(1, _entries(distances, table.shape[1])), q_code, k_code
         for axis, cells in enumerate(self.shape, 1):
             distances = torch.arange(1 - cells, cells, device=device)
             table = table.index_select(axis, _entries(distances, table.shape[axis]))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.scores.base import Relative, Shape, distance_codes, floating, heads_fit
+from foveate.core.scores.base import Relative, Shape, distance_codes, floating, heads_fit, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class T5Bias(Relative):
 
     def codes(self, n, m, device=None):
         distances, q_code, k_code = distance_codes(n, m, device)
-        return self.weight.index_select(0, self.buckets(-distances)).t(), q_code, k_code
+        return widened(self.weight).index_select(0, self.buckets(-distances)).t(), q_code, k_code
 
     def buckets(self, relative: Tensor) -> Tensor:
         """The bucket of each relative position key - query, int64; in float32, as T5 computes it."""
