@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from foveate.core.layout import BlockLayout
 from foveate.core.normalizers import Normalizer, ReLU, Sigmoid, all_sinks, as_normalizer
@@ -68,10 +69,19 @@ class AttentionRequest:
         return all_sinks(self.normalizer, self.sinks, self.q)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that may carry a gradient."""
+        tensors = [self.q, self.k, self.v] + ([] if self.sinks is None else [self.sinks])
+        return tensors + [tensor for score in self.scores for tensor in score.tensors.values()]
+
+    @property
     def needs_grad(self) -> bool:
-        tensors = [self.q, self.k, self.v, self.sinks]
-        tensors += [tensor for score in self.scores for tensor in score.tensors.values()]
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in self.tensors)
+
+    @property
+    def has_tangents(self) -> bool:
+        """Whether forward-mode derivatives (jvp) are being taken."""
+        return any(forward_ad.unpack_dual(t).tangent is not None for t in self.tensors)
 
 
 def make_request(

@@ -11,14 +11,16 @@ from pattern_strategies import expressions
 
 import foveate as fv
 from foveate.core.engines import native
+from foveate.core.engines import native_library as library
+from foveate.core.engines.native_library import Scores, Where
 from foveate.core.layout import BlockLayout
 from foveate.core.request import EngineRefusal
-from foveate.core.scores import Bias, SoftCap
-from foveate.patterns import Causal, PrefixLM, Sinks, SlidingWindow
+from foveate.core.scores import ALiBi, Bias, RelativeBias, SoftCap, Temperature
+from foveate.patterns import Causal, SlidingWindow
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 # where the bfloat16 dot product runs, weights are rounded to bfloat16 before they meet the values
-COARSE = {"avx512_bf16": 2.0, "bf16dot_emulated": 2.0}
+COARSE = {"avx512_bf16": 2.0, "amx": 2.0, "bf16dot_emulated": 2.0}
 
 
 @st.composite
@@ -50,8 +52,13 @@ def make(batch, heads, kv_heads, n, m, dim, v_dim, dtype, seed, order="bhnd"):
     return one(heads, n, dim), one(kv_heads, m, dim), one(kv_heads, m, v_dim)
 
 
-def parts(layout):
-    return layout.row_ptr, layout.tile_idx, layout.tile_id, layout.dictionary
+FULL, CAUSAL = Where(library.KINDS["full"]), Where(library.KINDS["causal"])
+
+
+def where(layout):
+    """A layout as the library takes it."""
+    arrays = layout.row_ptr, layout.tile_idx, layout.tile_id, layout.dictionary
+    return Where(library.KINDS["layout"], *arrays, layout.batch, layout.heads)
 
 
 @settings(max_examples=250, **QUIET)
@@ -62,7 +69,7 @@ def test_pattern_expressions(data):
     order = data.draw(st.sampled_from(["bhnd", "bnhd", "slice", "last"]))
     q, k, v = make(batch, heads, kv_heads, n, m, dim, v_dim, dtype, seed, order)
     out, lse = fv.attention(q, k, v, pattern, return_lse=True, engine="native")
-    factor = COARSE.get(native.best_isa(), 1.0) if dtype == torch.bfloat16 else 1.0
+    factor = COARSE.get(library.best_isa(), 1.0) if dtype == torch.bfloat16 else 1.0
     assert_within_budget(out, q, k, v, dense, lse=lse, factor=factor)
 
 
@@ -73,34 +80,31 @@ def requests(draw):
     return n, m, kind, draw(st.floats(0.0, 1.0)), draw(shapes()), draw(st.integers(1, 5))
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @settings(max_examples=60, **QUIET)
 @given(case=requests())
 def test_every_instruction_set(isa, case):
-    if isa not in native.available():
+    if isa not in library.available():
         pytest.skip(f"this CPU has no {isa}")
     n, m, kind, density, (batch, heads, kv_heads, dim, v_dim, dtype, seed), threads = case
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     q, k, v = make(batch, heads, kv_heads, n, m, dim, v_dim, dtype, seed)
-    allowed, arrays, lead = None, (None,) * 4, (1, 1)
+    allowed, pairs = None, CAUSAL if kind == "causal" else FULL
     if kind == "causal":
         allowed = torch.arange(n)[:, None] + (m - n) >= torch.arange(m)[None, :]
     if kind == "layout":
         allowed = torch.rand(batch, heads, n, m, generator=torch.Generator().manual_seed(seed)) < density
-        layout = BlockLayout.from_mask(allowed)
-        arrays, lead = parts(layout), (batch, heads)
-    out, lse = native.call(
-        q, k, v, *arrays, *lead, native._KINDS[kind], dim**-0.5, 0.0, None, isa=isa, threads=threads
-    )
+        pairs = where(BlockLayout.from_mask(allowed))
+    out, lse = library.call(q, k, v, pairs, Scores(scale=dim**-0.5), isa=isa, threads=threads)
     factor = COARSE.get(isa, 1.0) if dtype == torch.bfloat16 else 1.0
     assert_within_budget(out, q, k, v, allowed, lse=lse, factor=factor)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_masked_poison_never_leaks(isa, dtype, poison):
-    if isa not in native.available():
+    if isa not in library.available():
         pytest.skip(f"this CPU has no {isa}")
     q, k, v = make(1, 2, 1, 130, 200, 32, 32, dtype, 0)
     allowed = torch.rand(130, 200, generator=torch.Generator().manual_seed(1)) < 0.4
@@ -111,7 +115,7 @@ def test_masked_poison_never_leaks(isa, dtype, poison):
     for j in (0, 64, 70, 199):
         k[:, :, j], v[:, :, j] = poison, poison
     layout = BlockLayout.from_mask(allowed)
-    out, lse = native.call(q, k, v, *parts(layout), 1, 1, 2, 0.2, 0.0, None, isa=isa)
+    out, lse = library.call(q, k, v, where(layout), Scores(scale=0.2), isa=isa)
     assert torch.isfinite(out[:, :, :100]).all()
     assert (out[:, :, 17] == 0).all()
     assert torch.isneginf(lse[:, :, 17]).all()
@@ -140,19 +144,19 @@ def test_extreme_logits(dtype, magnitude):
     assert torch.isfinite(out).all()
     assert torch.isfinite(lse).all()
     allowed = torch.arange(100)[:, None] + 50 >= torch.arange(150)[None, :]
-    assert_within_budget(out, q, k, v, allowed, lse=lse, factor=COARSE.get(native.best_isa(), 1.0))
+    assert_within_budget(out, q, k, v, allowed, lse=lse, factor=COARSE.get(library.best_isa(), 1.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("isa", library.ISAS)
 def test_softcap_and_sinks(dtype, isa):
-    if isa not in native.available():
+    if isa not in library.available():
         pytest.skip(f"this CPU has no {isa}")
     q, k, v = make(2, 4, 2, 77, 99, 24, 40, dtype, 5)
     sinks = torch.tensor([0.0, 5.0, -3.0, -float("inf")])
     layout = (Causal() & SlidingWindow(20)).layout(77, 99)
-    arrays = parts(layout)
-    out, lse = native.call(q, k, v, *arrays, 1, 1, 2, 1.5, 4.0, sinks, isa=isa)
+    scores = Scores(scale=1.5, softcap=4.0, sinks=sinks)
+    out, lse = library.call(q, k, v, where(layout), scores, isa=isa)
     factor = COARSE.get(isa, 1.0) if dtype == torch.bfloat16 else 1.0
     assert_within_budget(
         out,
@@ -179,20 +183,20 @@ def test_a_row_with_only_a_sink_gives_zero():
 
 def test_same_bits_for_any_number_of_threads():
     q, k, v = make(2, 4, 2, 300, 300, 64, 64, torch.float32, 1)
-    runs = [native.call(q, k, v, *(None,) * 4, 1, 1, 1, 0.125, 0.0, None, threads=t) for t in (1, 2, 3, 2)]
+    runs = [library.call(q, k, v, CAUSAL, Scores(scale=0.125), threads=t) for t in (1, 2, 3, 2)]
     assert all(torch.equal(out, runs[0][0]) and torch.equal(lse, runs[0][1]) for out, lse in runs)
 
 
 def test_own_threads_when_no_pool_is_given(monkeypatch):
     q, k, v = make(1, 4, 2, 200, 200, 64, 64, torch.float32, 1)
-    with_pool = native.call(q, k, v, *(None,) * 4, 1, 1, 1, 0.125, 0.0, None, threads=3)
-    monkeypatch.setattr(native, "_pool", lambda: None)
-    without = native.call(q, k, v, *(None,) * 4, 1, 1, 1, 0.125, 0.0, None, threads=3)
+    with_pool = library.call(q, k, v, CAUSAL, Scores(scale=0.125), threads=3)
+    monkeypatch.setattr(library, "pool", lambda: None)
+    without = library.call(q, k, v, CAUSAL, Scores(scale=0.125), threads=3)
     assert torch.equal(with_pool[0], without[0])
 
 
 def test_it_runs_on_the_pool_of_torch():
-    assert native._pool() is not None
+    assert library.pool() is not None
     assert "torch's OpenMP pool" in native.describe()
 
 
@@ -206,16 +210,15 @@ def test_output_keeps_the_memory_order_of_q():
 # ---------------------------------------- refusals
 def test_refusals_name_the_reason():
     q, k, v = make(1, 2, 2, 10, 10, 8, 8, torch.float32, 0)
-    for arguments, reason in [
-        ((q.double(), k.double(), v.double()), "float64"),
-        ((q.clone().requires_grad_(), k, v), "no backward"),
+    with pytest.raises(EngineRefusal, match="float64"):
+        fv.attention(q.double(), k.double(), v.double(), engine="native")
+    for score, reason in [
+        ((SoftCap(3.0), Temperature(torch.ones(10))), "Temperature, then SoftCap, then biases; got SoftCap, Temp"),
+        ((Bias(torch.zeros(10, 10)), Bias(torch.zeros(10, 10))), "one Bias at a time"),
+        ((ALiBi(torch.ones(2)), RelativeBias(torch.zeros(2, 5))), "one relative bias at a time"),
     ]:
         with pytest.raises(EngineRefusal, match=reason):
-            fv.attention(*arguments, engine="native")
-    with pytest.raises(EngineRefusal, match="SoftCap"):
-        fv.attention(q, k, v, score=Bias(torch.zeros(10, 10)), engine="native")
-    with pytest.raises(EngineRefusal, match="dropout"):
-        fv.attention(q, k, v, dropout_p=0.5, engine="native")
+            fv.attention(q, k, v, score=score, engine="native")
     wide = torch.randn(1, 1, 4, 513)
     with pytest.raises(EngineRefusal, match="512"):
         fv.attention(wide, wide, wide, engine="native")
@@ -229,6 +232,7 @@ def test_refusals_name_the_reason():
         ("tile_idx", torch.tensor([-1], dtype=torch.int32), "out of range"),
         ("row_ptr", torch.tensor([0, 2]), "row_ptr"),
         ("row_ptr", torch.tensor([1, 1]), "row_ptr"),
+        ("row_ptr", torch.tensor([0, -1]), "row_ptr"),
     ],
 )
 def test_the_library_checks_what_the_layout_says(field, value, message):
@@ -242,84 +246,26 @@ def test_the_library_checks_what_the_layout_says(field, value, message):
     }
     arrays[field] = value
     with pytest.raises(RuntimeError, match=message):
-        native.call(x, x, x, *arrays.values(), 1, 1, 2, 1.0, 0.0, None)
+        library.call(x, x, x, Where(2, *arrays.values(), 1, 1), Scores())
 
 
 def test_the_library_checks_versions_and_sizes():
     x = torch.randn(1, 1, 10, 8)
     with pytest.raises(RuntimeError, match="kind"):
-        native.call(x, x, x, *(None,) * 4, 1, 1, 9, 1.0, 0.0, None)
+        library.call(x, x, x, Where(9), Scores())
     with pytest.raises(RuntimeError, match="threads"):
-        native.call(x, x, x, *(None,) * 4, 1, 1, 0, 1.0, 0.0, None, threads=100000)
+        library.call(x, x, x, FULL, Scores(), threads=100000)
     with pytest.raises(RuntimeError, match="softcap"):
-        native.call(x, x, x, *(None,) * 4, 1, 1, 0, 1.0, -1.0, None)
+        library.call(x, x, x, FULL, Scores(softcap=-1.0))
     with pytest.raises(RuntimeError, match="head dims"):
-        native.call(*(torch.randn(1, 1, 3, 600),) * 3, *(None,) * 4, 1, 1, 0, 1.0, 0.0, None)
+        library.call(*(torch.randn(1, 1, 3, 600),) * 3, FULL, Scores())
 
 
 def test_nothing_to_do_is_no_error():
     x = torch.randn(0, 2, 5, 8)
-    out, lse = native.call(x, x, x, *(None,) * 4, 1, 1, 0, 1.0, 0.0, None)
+    out, lse = library.call(x, x, x, FULL, Scores())
     assert out.shape == (0, 2, 5, 8)
     assert lse.shape == (0, 2, 5)
-
-
-# ---------------------------------------- torch.compile
-WINDOW = Causal() & (SlidingWindow(30) | Sinks(4))
-PREFIX = PrefixLM(20)
-
-
-def test_opcheck():
-    q, k, v = make(1, 4, 2, 70, 70, 16, 16, torch.float32, 0)
-    layout = WINDOW.layout(70)
-    arrays = parts(layout)
-    torch.library.opcheck(native.forward, (q, k, v, *arrays, 1, 1, 2, 0.25, 0.0, None))
-    torch.library.opcheck(
-        native.forward, (q, k, v, None, None, None, None, 1, 1, 1, 0.25, 5.0, torch.zeros(4))
-    )
-
-
-@pytest.mark.parametrize("who", ["none", "causal", "pattern", "pattern and causal", "layout"])
-def test_fullgraph(who):
-    torch._dynamo.reset()
-    layout = WINDOW.layout(100)
-    run = {
-        "none": lambda q, k, v: fv.attention(q, k, v) * 2,
-        "causal": lambda q, k, v: fv.attention(q, k, v, is_causal=True) * 2,
-        "pattern": lambda q, k, v: fv.attention(q, k, v, WINDOW) * 2,
-        "pattern and causal": lambda q, k, v: fv.attention(q, k, v, PREFIX, is_causal=True) * 2,
-        "layout": lambda q, k, v: fv.attention(q, k, v, layout) * 2,
-    }[who]
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for n in (100,) if who == "layout" else (100, 65, 131):  # other lengths trace again, with another layout
-        q, k, v = make(1, 4, 2, n, n, 16, 16, torch.float32, n)
-        assert torch.equal(compiled(q, k, v), run(q, k, v))
-
-
-def test_what_cannot_be_traced_says_so():
-    torch._dynamo.reset()
-    layout = WINDOW.layout(100)
-    compiled = torch.compile(
-        lambda x: fv.attention(x, x, x, layout, is_causal=True), fullgraph=True, backend="eager"
-    )
-    with pytest.raises(Exception, match=r"under torch\.compile the pattern must be"):
-        compiled(torch.randn(1, 2, 100, 8))
-
-
-def test_backward_says_that_it_is_missing():
-    q, k, v = make(1, 2, 2, 10, 10, 8, 8, torch.float32, 0)
-    out, _ = native.forward(q.requires_grad_(), k, v, None, None, None, None, 1, 1, 0, 1.0, 0.0, None)
-    with pytest.raises(EngineRefusal, match="no backward"):
-        out.sum().backward()
-
-
-def test_auto_trains_on_the_reference_engine():
-    q, k, v = make(1, 2, 2, 10, 10, 8, 8, torch.float32, 0)
-    assert fv.explain(q, k, v).startswith("auto -> native")
-    q.requires_grad_()
-    assert fv.explain(q, k, v).startswith("auto -> reference")
-    fv.attention(q, k, v, WINDOW).sum().backward()
-    assert torch.isfinite(q.grad).all()
 
 
 @pytest.mark.slow

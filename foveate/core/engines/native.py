@@ -23,7 +23,7 @@ from foveate.core.engines.native_library import (
 )
 from foveate.core.normalizers import ReLU, Sigmoid, Softmax, SoftmaxPlusOne
 from foveate.core.request import AttentionRequest, EngineRefusal, layout_arrays
-from foveate.core.scores import Bias, SoftCap, Temperature
+from foveate.core.scores import Bias, Relative, SoftCap, Temperature
 
 name = "native"
 
@@ -53,6 +53,8 @@ def why_not(request: AttentionRequest) -> str | None:
         return reason
     if torch.compiler.is_compiling():
         return None
+    if request.has_tangents:
+        return "it has no forward-mode derivatives (jvp); they run on the reference engine"
     try:
         library()
     except EngineRefusal as error:
@@ -65,7 +67,7 @@ _ORDER = {Temperature: 0, SoftCap: 1, Bias: 2}
 
 
 def _stage(score: object) -> int | None:
-    return 2 if hasattr(score, "codes") else _ORDER.get(type(score))
+    return 2 if isinstance(score, Relative) else _ORDER.get(type(score))
 
 
 def _why_not_scores(scores: tuple) -> str | None:
@@ -75,7 +77,7 @@ def _why_not_scores(scores: tuple) -> str | None:
         return f"it does not know the score {type(scores[stages.index(None)]).__name__}"
     if stages != sorted(stages):
         return f"it applies Temperature, then SoftCap, then biases; got {names}"
-    kinds = ["relative bias" if hasattr(score, "codes") else type(score).__name__ for score in scores]
+    kinds = ["relative bias" if isinstance(score, Relative) else type(score).__name__ for score in scores]
     twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
     return None if twice is None else f"it takes one {twice} at a time; got {names}"
 

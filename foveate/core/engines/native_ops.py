@@ -102,6 +102,10 @@ def _fake_backward(dout, dlse, q, k, v, out, lse, *rest):
     return (*(t.new_empty(t.shape) for t in (q, k, v)), *extras)
 
 
+def _nothing_to_save(ctx, inputs, output) -> None:
+    """torch.func transforms demand a context even where nothing is kept."""
+
+
 def _no_second_derivative(ctx, *grads):
     raise EngineRefusal(
         "the native engine has first derivatives only; for a second one use engine='reference'"
@@ -157,6 +161,6 @@ for _op, _run, _fake in ((_FORWARD, _run_forward, _fake_forward), (_BACKWARD, _r
     torch.library.impl(_op, "CPU", _run)
     torch.library.register_fake(_op, _fake)
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD, _no_second_derivative)
+torch.library.register_autograd(_BACKWARD, _no_second_derivative, setup_context=_nothing_to_save)
 torch.library.register_vmap(_FORWARD, _vmap_rule(torch.ops.foveate.native_forward.default, 3, 0))
 torch.library.register_vmap(_BACKWARD, _vmap_rule(torch.ops.foveate.native_backward.default, 7, 4))
