@@ -28,7 +28,14 @@ _SCORE_FIELDS = tuple(field.name for field in fields(Scores))
 
 def forward(q: Tensor, k: Tensor, v: Tensor, where: Where, scores: Scores) -> tuple[Tensor, Tensor]:
     """out (B, H, N, Dv) in the dtype of q and lse (B, H, N) float32, empty where the normaliser has none."""
-    return torch.ops.foveate.native_forward.default(q, k, v, *flat(where, scores))
+    return _picked(torch.ops.foveate.native_forward.default, _Forward)(q, k, v, *flat(where, scores))
+
+
+def _picked(op: Callable, function: type[torch.autograd.Function]) -> Callable:
+    """The op; inside torch.func transforms, which know no autograd rules of custom ops, the function that wraps it."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return op
+    return function.apply
 
 
 def flat(where: Where, scores: Scores) -> tuple:
@@ -71,7 +78,8 @@ def _differentiate(ctx, dout, dlse):
     wanted = [bool(needs[name]) and getattr(scores, name) is not None for name in _EXTRAS]
     if dout is None:
         dout = torch.zeros_like(out)
-    found = torch.ops.foveate.native_backward.default(dout, dlse, q, k, v, out, lse, *rest, wanted)
+    backward = _picked(torch.ops.foveate.native_backward.default, _Backward)
+    found = backward(dout, dlse, q, k, v, out, lse, *rest, wanted)
     extras = {name: grad for name, grad, want in zip(_EXTRAS, found[3:], wanted, strict=True) if want}
     return (*found[:3], *(None for _ in range(7)), *(extras.get(name) for name in _SCORE_FIELDS))
 
@@ -127,7 +135,8 @@ def _vmap_rule(op: Callable, big: int, alone: int) -> Callable:
             )
         size = info.batch_size
         small = [t for t in (scores.temperature, scores.bias) if t is not None]
-        shared = all(dim is None for dim in in_dims[big:]) and all(t.shape[0] == 1 for t in small)
+        mapped = [isinstance(t, Tensor) and dim is not None for t, dim in zip(args, in_dims, strict=True)]
+        shared = not any(mapped[big:]) and all(t.shape[0] == 1 for t in small)
         wants = bool(alone) and any(args[-1])
         if shared and where.batch == 1 and not scores.dropout_p and not wants and scores.normalizer == 0:
             folded = [
@@ -139,12 +148,42 @@ def _vmap_rule(op: Callable, big: int, alone: int) -> Callable:
             out = [t.unflatten(0, (size, -1)) for t in found[:batched]]
             return (*out, *found[batched:]), (*(0 for _ in out), *(None for _ in range(alone)))
         rows = [
-            op(*(t if dim is None else t.select(dim, n) for t, dim in zip(args, in_dims, strict=True)))
+            op(*(t.select(dim, n) if on else t for t, dim, on in zip(args, in_dims, mapped, strict=True)))
             for n in range(size)
         ]
         return tuple(torch.stack(column) for column in zip(*rows, strict=True)), (0,) * len(rows[0])
 
     return rule
+
+
+class _Forward(torch.autograd.Function):
+    """native_forward for torch.func."""
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_differentiate)
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.foveate.native_forward.default(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_rule(_Forward.apply, 3, 0)(info, in_dims, *args)
+
+
+class _Backward(torch.autograd.Function):
+    """native_backward for torch.func."""
+
+    setup_context = staticmethod(_nothing_to_save)
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.foveate.native_backward.default(*args)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_rule(_Backward.apply, 7, 4)(info, in_dims, *args)
 
 
 def _front(t: Tensor, dim: int | None, size: int) -> Tensor:
