@@ -195,8 +195,17 @@ static void join_tile(const fv_args& a, float* states, int64_t parts, int64_t b,
     finish<bf16>(a, x, o, queries, b, h, i);
 }
 
+#include "decode.h"
+
 static void run_tile(const fv_args& a, const fv_prepared& ready, float* buffer, int64_t b, int64_t h, int64_t i,
                      const fv_part& part) {
+  if (takes_few(a)) {
+    if (a.dtype == FV_F32)
+      run_few<float>(a, buffer, b, h, part);
+    else
+      run_few<bf16>(a, buffer, b, h, part);
+    return;
+  }
 #if FV_PAIRS  // float32 requests never come here
   query_tile<bf16>(a, ready, buffer, b, h, i, part);
 #else

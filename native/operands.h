@@ -147,10 +147,7 @@ static bool all_finite(const E* v, int64_t stride, int rows, int64_t dim) {
     for (; d + W <= dim; d += W) sum = fma(widen(x + d), zero(), sum);
     for (; d < dim; ++d) rest += as_float(x + d) * 0.f;
   }
-  float lanes[W];
-  store(lanes, sum);
-  for (int i = 0; i < W; ++i) rest += lanes[i];
-  return rest == 0.f;
+  return rest + total_of(sum) == 0.f;
 }
 
 
@@ -159,9 +156,7 @@ static float dot_rows(const E* x, const E* y, int64_t dim) {
   Vec sum = zero();
   int64_t d = 0;
   for (; d + W <= dim; d += W) sum = fma(widen(x + d), widen(y + d), sum);
-  float lanes[W], total = 0.f;
-  store(lanes, sum);
-  for (; d < dim; ++d) total += as_float(x + d) * as_float(y + d);
-  for (int i = 0; i < W; ++i) total += lanes[i];
-  return total;
+  float rest = 0.f;
+  for (; d < dim; ++d) rest += as_float(x + d) * as_float(y + d);
+  return total_of(sum) + rest;
 }

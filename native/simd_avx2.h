@@ -27,6 +27,11 @@ FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) {
 }
 FV_OP Vec select_eq(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_EQ_OQ))}; }
 FV_OP Vec select_lt(Vec a, Vec b, Vec yes, Vec no) { return {_mm256_blendv_ps(no.x, yes.x, _mm256_cmp_ps(a.x, b.x, _CMP_LT_OQ))}; }
+FV_OP float total_of(Vec a) {
+  __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.x), _mm256_extractf128_ps(a.x, 1));
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
 FV_OP Vec widen(const float* p) { return load(p); }
 FV_OP Vec widen(const uint16_t* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(const void*)p)), 16))};

@@ -25,6 +25,7 @@ FV_OP Vec select_eq(Vec a, Vec b, Vec yes, Vec no) {
 FV_OP Vec select_lt(Vec a, Vec b, Vec yes, Vec no) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.x, b.x, _CMP_LT_OQ), no.x, yes.x)};
 }
+FV_OP float total_of(Vec a) { return _mm512_reduce_add_ps(a.x); }
 FV_OP Vec widen(const float* p) { return load(p); }
 FV_OP Vec widen(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(const void*)p)), 16))};

@@ -31,6 +31,7 @@ FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) {
 }
 FV_OP Vec select_eq(Vec a, Vec b, Vec yes, Vec no) { return pick(a.x == b.x, yes, no); }
 FV_OP Vec select_lt(Vec a, Vec b, Vec yes, Vec no) { return pick(a.x < b.x, yes, no); }
+FV_OP float total_of(Vec a) { return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]); }
 FV_OP Vec widen(const float* p) { return load(p); }
 FV_OP Vec widen(const uint16_t* p) {
   fv_i4 bits = {(int32_t)((uint32_t)p[0] << 16), (int32_t)((uint32_t)p[1] << 16), (int32_t)((uint32_t)p[2] << 16), (int32_t)((uint32_t)p[3] << 16)};
