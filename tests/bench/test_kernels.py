@@ -375,11 +375,22 @@ def test_a_target_whose_case_was_refused_is_not_measured():
     rows = texts(plan_of(PRESETS["linear"]()))
     rows[0]["status"] = "refused: x"
     values = [value for _, value in kernels.judged("linear", rows)]
-    assert values[:2] == [None, None]
-    assert values[2] is not None
+    assert values[:3] == [None, None, None]
+    assert values[3] is not None
     assert Rows(rows).get(Cell("causal", 64), "native", "step_time") is None
     shown = [target.met(value) for target, value in kernels.judged("linear", rows)]
-    assert shown == [None, None, True]
+    assert shown == [None, None, None, True]
+
+
+def test_growth_in_matrix_products_is_free_of_the_machine_s_drift():
+    rows = texts(plan_of(PRESETS["linear"]()))
+    for place, row in enumerate(rows):  # ever slower
+        drift = 1.1**place
+        row["step_time"] = str(float(row["step_time"]) * drift)
+        row["matmul_gflops_per_sec"] = str(float(row["matmul_gflops_per_sec"]) / drift)
+    raw, free = (value for _, value in kernels.judged("linear", rows)[:2])
+    assert raw > 1.1
+    assert free == pytest.approx(1.0)
 
 
 def test_the_slope_is_an_exponent():
