@@ -131,7 +131,7 @@ def _sweep(rows: Sequence[Row]) -> Figure:
 
 # ------------------------------------------------------------------------------------------- a preset
 def _targets(rows: Sequence[Row], found: Sequence[tuple[Target, float | None]]) -> Figure:
-    """Each figure over its bound as a bar (right of 1: met), and the linear case on log-log axes."""
+    """Each figure over its bound as a bar (past 1: met), and below them the linear case on log-log axes."""
     from matplotlib import pyplot as plt
 
     linear = sorted(
@@ -145,18 +145,18 @@ def _targets(rows: Sequence[Row], found: Sequence[tuple[Target, float | None]]) 
     bars = [
         (target, value) for target, value in found if value is not None and not (target.low and target.high)
     ]
-    height = 0.36 * max(len(bars), 6) + 1.4
+    heights = (0.27 * len(bars) + 0.8, 3.2)
     figure, axes = plt.subplots(
-        1, 2, figsize=(12.5, height), width_ratios=(2.6, 1), layout="constrained", squeeze=False
+        2, 1, figsize=(10.5, sum(heights) + 0.5), height_ratios=heights, layout="constrained", squeeze=False
     )
     if bars:
         _bars(axes[0, 0], bars)
     else:
         axes[0, 0].set_axis_off()
     if len(linear) > 1:
-        _line(axes[0, 1], linear)
+        _line(axes[1, 0], linear)
     else:
-        axes[0, 1].set_axis_off()
+        axes[1, 0].set_axis_off()
     figure.suptitle(_where(rows[0]), fontsize=9, x=0.01, ha="left")
     return figure
 
@@ -164,12 +164,13 @@ def _targets(rows: Sequence[Row], found: Sequence[tuple[Target, float | None]]) 
 def _bars(axis: Axes, bars: Sequence[tuple[Target, float]]) -> None:
     shares = [(value / target.low if target.low else (target.high or 1.0) / value) for target, value in bars]
     colours = ["#1f5fa8" if target.met(value) else "#c9605b" for target, value in bars]
-    drawn = axis.barh([target.what for target, _ in bars], shares, color=colours, height=0.62)
-    labels = [f"{value:.3g}{target.unit}  ({target.wanted})" for target, value in bars]
-    axis.bar_label(drawn, labels=labels, padding=4, fontsize=7.5)
+    axis.barh([target.what for target, _ in bars], shares, color=colours, height=0.66)
+    for place, ((target, value), share) in enumerate(zip(bars, shares, strict=True)):
+        told = f"{value:.3g}{target.unit} ({target.wanted})"
+        axis.text(max(share, 1.0) + 0.02, place, told, va="center", fontsize=7.5)
     axis.axvline(1, color="0.25", lw=1)
     axis.set_xlim(0, 1.45 * max(1.0, *shares))
-    axis.invert_yaxis()
+    axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_xlabel("figure over its target (blue: met, red: missed)", fontsize=8.5)

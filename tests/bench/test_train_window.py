@@ -14,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import train_window as tw
 
+from foveate.organisms.reader.model import Reader
+
 TINY = tw.Settings(engine="reference", steps=6, context=96, window=16, layers=1, dim=16, seeds=2)
 TEXT = bytes(range(32, 127)) * 40
 ARGUMENTS = [
@@ -39,6 +41,9 @@ def test_runs_of_one_seed_start_alike_and_see_the_same_bytes():
     assert (first.engine, peer.engine, other.engine) == ("reference", "sdpa_mask", "reference")
     for a, b in zip(first.model.parameters(), peer.model.parameters(), strict=True):
         assert torch.equal(a, b)
+    torch.manual_seed(0)
+    organism = Reader(first.model.cfg).state_dict()  # its own initialisation, not that of a fresh nn.Linear
+    assert all(torch.equal(value, organism[name]) for name, value in first.model.state_dict().items())
     assert not torch.equal(next(first.model.parameters()), next(other.model.parameters()))
     for run in (first, peer, other):
         run.step()
