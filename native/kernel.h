@@ -1,9 +1,9 @@
 // Block-sparse flash attention, forward and backward: written once, compiled per instruction set.
 //
 // Included by kernel_<isa>.cpp after it has defined, inside a namespace of its own:
-//   Vec (type), W (lanes), NK x 2 and NQ x 2 (register tiles), load/store/zero/set1/bcast32/mul/div/add/sub/fma/vmax,
-//   mac(a, b, c) = a b + c, mac_mem(p, b, c) = *p b + c, exp2v, tanhv, select_bits(bits, x, otherwise),
-//   select_eq(a, b, yes, no), widen(bf16*), and PAIRS (1: mac works on bfloat16 pairs).
+//   Vec (type), W (lanes), NK x NV and NQ x NV (register tiles), load/store/zero/set1/bcast32/mul/div/add/sub/fma/vmax,
+//   mac(a, b, c) = a b + c, exp2v, tanhv, total_of, select_bits(bits, x, otherwise), select_eq and select_lt(a, b, yes,
+//   no), widen(bf16*), and PAIRS (1: mac works on bfloat16 pairs).
 #pragma once
 #include "foveate.h"
 #include "tile.h"

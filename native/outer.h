@@ -1,7 +1,7 @@
 // dV += P^T dO, dK += dS^T Q
 #pragma once
 
-enum { PANEL = 2 * W };  // Q and dO are copied as panels of two vectors: [panel][query][PANEL]
+enum { PANEL = NV * W };  // Q and dO are copied as panels of NV vectors: [panel][query][PANEL]
 
 FV_INLINE int64_t panels_of(int64_t dim) { return (dim + PANEL - 1) / PANEL; }
 
@@ -28,12 +28,8 @@ FV_INLINE void outer_block(float* sum, int64_t stride, const Strip* strips, int 
     FV_UNROLL for (int j = 0; j < NV_; ++j) y[j] = load(x + (u) * PANEL + j * W);                     \
     FV_UNROLL for (int i = 0; i < NK_; ++i) {                                                         \
       const float* p = row[i / 3] + (i % 3) * T + (u);                                                \
-      if (i % 3 == 0) {                                                                               \
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac_mem(p, y[j], acc[i][j]);              \
-      } else {                                                                                        \
-        Vec pb = bcast32(p);                                                                          \
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(pb, y[j], acc[i][j]);                 \
-      }                                                                                               \
+      const Vec pb = bcast32(p);                                                                      \
+      FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(pb, y[j], acc[i][j]);                   \
     }                                                                                                 \
   }
     for (int left = strips[n].q1 - strips[n].q0; left > 0; left -= 4) {
@@ -44,6 +40,14 @@ FV_INLINE void outer_block(float* sum, int64_t stride, const Strip* strips, int 
 #undef FV_QUERY
   }
   FV_UNROLL for (int i = 0; i < NK_; ++i) FV_UNROLL for (int j = 0; j < NV_; ++j) store(sum + i * stride + j * W, acc[i][j]);
+}
+
+template <int NK_>
+FV_INLINE void outer_rows(float* sum, int64_t stride, const Strip* strips, int count, int64_t panel, int nv) {
+#define FV_CASE(n) \
+  case n: return outer_block<NK_, (n) <= NV ? (n) : NV>(sum, stride, strips, count, panel);
+  switch (nv) { FV_VECTORS(FV_CASE) }
+#undef FV_CASE
 }
 
 // sum[key][d] += sum over the query tiles listed; `queries[n]` of them in tile n; rows of `sum` are `stride` apart.
@@ -70,20 +74,15 @@ static __attribute__((noinline)) void outer_pass(float* sum, int64_t stride, con
     }
   }
   const int vectors = (int)((dim + W - 1) / W);
-  for (int v = 0; v < vectors; v += 2) {
-    const int64_t panel = (int64_t)(v / 2) * T * PANEL;
+  for (int v = 0; v < vectors; v += NV) {
+    const int64_t panel = (int64_t)(v / NV) * T * PANEL;
     for (int c = 0, g = 0, rows; c < keys; c += rows, ++g) {
       rows = group_of(keys - c, NK);
       if (!used[g]) continue;
       float* to = sum + c * stride + v * W;
-#define FV_CASE(n)                                                             \
-  case n:                                                                      \
-    if (vectors - v >= 2)                                                      \
-      outer_block<(n) <= NK ? (n) : NK, 2>(to, stride, strips[g], used[g], panel); \
-    else                                                                       \
-      outer_block<(n) <= NK ? (n) : NK, 1>(to, stride, strips[g], used[g], panel); \
-    break;
-      switch (rows) { FV_CASES_12(FV_CASE) }
+#define FV_CASE(n) \
+  case n: outer_rows<(n) <= NK ? (n) : NK>(to, stride, strips[g], used[g], panel, group_of(vectors - v, NV)); break;
+      switch (rows) { FV_ROWS(FV_CASE) }
 #undef FV_CASE
     }
   }

@@ -6,9 +6,9 @@
 //   - P^T[key][query] is read back as broadcasts, values in place as vectors.
 // So neither keys nor values are packed, transposed or copied (float32, value dim a multiple of the vector width).
 //
-//   S^T = K Q^T, dP^T = V dO^T          score_block  NK keys x 2 query vectors, over d
-//   O = O alpha + P V, dQ += dS K       value_block  NQ queries x 2 vectors of d, over keys
-//   dV += P^T dO, dK += dS^T Q          outer_block  NK keys x 2 vectors of d, over queries (outer.h)
+//   S^T = K Q^T, dP^T = V dO^T          score_block  NK keys x NV query vectors, over d
+//   O = O alpha + P V, dQ += dS K       value_block  NQ queries x NV vectors of d, over keys
+//   dV += P^T dO, dK += dS^T Q          outer_block  NK keys x NV vectors of d, over queries (outer.h)
 //
 // bfloat16 with a dot-product instruction uses the first two on 32-bit *pairs*: two consecutive d for the scores, two
 // consecutive keys for the values. Without the instruction, tiles are widened to float32 on the way.
@@ -34,12 +34,8 @@ FV_INLINE void score_block(const float* qt, const float* k, int64_t k_stride, in
     FV_UNROLL for (int j = 0; j < NV_; ++j) q[j] = load(qt + (u) * T + j * W);                        \
     FV_UNROLL for (int i = 0; i < NK_; ++i) {                                                         \
       const float* p = row[i / 3] + (i % 3) * k_stride + (u);                                         \
-      if (i % 3 == 0) {                                                                               \
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac_mem(p, q[j], acc[i][j]);              \
-      } else {                                                                                        \
-        Vec kb = bcast32(p);                                                                          \
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(kb, q[j], acc[i][j]);                 \
-      }                                                                                               \
+      const Vec kb = bcast32(p);                                                                      \
+      FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(kb, q[j], acc[i][j]);                   \
     }                                                                                                 \
   }
   for (int d = 0; d < steps; d += 4) {  // steps is a multiple of 4; one loop, or the accumulators get spilled
@@ -70,12 +66,14 @@ FV_INLINE void score_block(const float* qt, const float* k, int64_t k_stride, in
   }
 }
 
-// How many of the `left` keys (or queries) the next register tile takes: NK, but 16 go as 8 + 8, because a remainder
-// of 4 would leave the multipliers waiting for each other.
-FV_INLINE int group_of(int left, int most) { return left == 16 && most == 12 ? 8 : left < most ? left : most; }
-enum { MAX_GROUPS = 64 / (NK < 8 ? NK : 8) + 2 };
+// How many of the `left` keys (or queries, or vectors) the next register tile takes.
+FV_INLINE int group_of(int left, int most) { return left < most ? left : most; }
+enum { MAX_GROUPS = 64 / NK + 1 };
 
-#define FV_CASES_12(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+// Calls of a register tile for its number of rows, 1..6, and of vectors, 1..4; more than the instruction set has never
+// occur.
+#define FV_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define FV_VECTORS(X) X(1) X(2) X(3) X(4)
 
 // The vectors of queries in [0, nv) that see at least one of the keys.
 FV_INLINE void lane_range(const uint64_t* by_key, int keys, int nv, int* v0, int* v1) {
@@ -94,10 +92,12 @@ template <int NK_, bool MASKED, bool TOP>
 FV_INLINE void score_keys(const float* qt, const float* k, int64_t k_stride, int steps, float* s, float* top,
                           const uint64_t* by_key, int v, int nv, float factor) {
   const int lane = v * W;
-  if (nv == 2)
-    score_block<NK_, 2, MASKED, TOP>(qt + lane, k, k_stride, steps, s + lane, top + lane, by_key, lane, factor);
-  else
-    score_block<NK_, 1, MASKED, TOP>(qt + lane, k, k_stride, steps, s + lane, top + lane, by_key, lane, factor);
+#define FV_CASE(n)                                                                                                     \
+  case n:                                                                                                              \
+    return score_block<NK_, (n) <= NV ? (n) : NV, MASKED, TOP>(qt + lane, k, k_stride, steps, s + lane, top + lane, by_key, \
+                                                               lane, factor);
+  switch (nv) { FV_VECTORS(FV_CASE) }
+#undef FV_CASE
 }
 
 // S^T of one tile: `rows` are its keys (or values), `stride` apart. What a partial tile's register tiles do not see at
@@ -105,11 +105,11 @@ FV_INLINE void score_keys(const float* qt, const float* k, int64_t k_stride, int
 template <bool TOP>
 static __attribute__((noinline)) void score_tile(const float* qt, const Tile& tile, const float* rows, int64_t stride,
                                                  int steps, int nv, float* s, float* top, float factor) {
-  for (int v = 0; v < nv; v += 2)  // two vectors of queries at a time: their part of Q^T stays in the first-level cache
+  for (int v = 0; v < nv; v += NV)
     for (int c = 0, keys; c < tile.keys; c += keys) {
       keys = group_of(tile.keys - c, NK);
       const float* k = rows + c * stride;
-      int v0 = v, v1 = v + 2 < nv ? v + 2 : nv;
+      int v0 = v, v1 = v + group_of(nv - v, NV);
       if (tile.partial) {
         int lo, hi;
         lane_range(tile.by_key + c, keys, nv, &lo, &hi);
@@ -125,7 +125,7 @@ static __attribute__((noinline)) void score_tile(const float* qt, const Tile& ti
     else                                                                                                          \
       score_keys<(n) <= NK ? (n) : NK, false, TOP>(qt, k, stride, steps, s + c * T, top, nullptr, v0, v1 - v0, factor); \
     break;
-      switch (keys) { FV_CASES_12(FV_CASE) }
+      switch (keys) { FV_ROWS(FV_CASE) }
 #undef FV_CASE
     }
 }
@@ -161,12 +161,8 @@ FV_INLINE void value_block(float* out, int64_t out_stride, const float* alpha, c
     Vec row[NV_];                                                                                     \
     FV_UNROLL for (int j = 0; j < NV_; ++j) row[j] = load(v + (u) * v_stride + j * W);                \
     FV_UNROLL for (int i = 0; i < NQ_; ++i) {                                                         \
-      if (i % 3 == 0) {                                                                               \
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac_mem(p + (u) * T + i, row[j], acc[i][j]); \
-      } else {                                                                                        \
-        Vec pb = bcast32(p + (u) * T + i);                                                            \
-        FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(pb, row[j], acc[i][j]);               \
-      }                                                                                               \
+      const Vec pb = bcast32(p + (u) * T + i);                                                        \
+      FV_UNROLL for (int j = 0; j < NV_; ++j) acc[i][j] = mac(pb, row[j], acc[i][j]);                 \
     }                                                                                                 \
   }
     for (int left = spans[n].k1 - spans[n].k0; left > 0; left -= 4, p += 4 * T, v += 4 * v_stride) {
@@ -175,6 +171,15 @@ FV_INLINE void value_block(float* out, int64_t out_stride, const float* alpha, c
 #undef FV_KEY
   }
   FV_UNROLL for (int i = 0; i < NQ_; ++i) FV_UNROLL for (int j = 0; j < NV_; ++j) store(out + i * out_stride + j * W, acc[i][j]);
+}
+
+template <int NQ_>
+FV_INLINE void value_rows(float* out, int64_t out_stride, const float* alpha, const Span* spans, int count, int q, int col,
+                          int nv) {
+#define FV_CASE(n) \
+  case n: return value_block<NQ_, (n) <= NV ? (n) : NV>(out, out_stride, alpha, spans, count, q, col);
+  switch (nv) { FV_VECTORS(FV_CASE) }
+#undef FV_CASE
 }
 
 static __attribute__((noinline)) void value_pass(float* out, int64_t out_stride, const float* alpha, const Factor* factors,
@@ -197,20 +202,14 @@ static __attribute__((noinline)) void value_pass(float* out, int64_t out_stride,
       spans[g][n] = Span{factors[n].p, factors[n].rows, factors[n].stride, k0, k1};
     }
   }
-  for (int v = 0; v < vectors; v += 2) {  // two vectors of value columns at a time, as for the scores
+  for (int v = 0; v < vectors; v += NV) {
     const int col = v * W;
-    const bool two = vectors - v >= 2;
     for (int q = 0, g = 0, rows; q < queries; q += rows, ++g) {
       rows = group_of(queries - q, NQ);
       float* o = out + q * out_stride + col;
-#define FV_CASE(n)                                                                                    \
-  case n:                                                                                             \
-    if (two)                                                                                          \
-      value_block<(n) <= NQ ? (n) : NQ, 2>(o, out_stride, alpha + q, spans[g], count, q, col);        \
-    else                                                                                              \
-      value_block<(n) <= NQ ? (n) : NQ, 1>(o, out_stride, alpha + q, spans[g], count, q, col);        \
-    break;
-      switch (rows) { FV_CASES_12(FV_CASE) }
+#define FV_CASE(n) \
+  case n: value_rows<(n) <= NQ ? (n) : NQ>(o, out_stride, alpha + q, spans[g], count, q, col, group_of(vectors - v, NV)); break;
+      switch (rows) { FV_ROWS(FV_CASE) }
 #undef FV_CASE
     }
   }

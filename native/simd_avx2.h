@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 struct Vec { __m256 x; };
-enum { W = 8, NK = 6, NQ = 6, PAIRS = 0 };
+enum { W = 8, NK = 6, NQ = 6, NV = 2, PAIRS = 0 };
 
 #define FV_OP static inline __attribute__((always_inline))
 FV_OP Vec zero() { return {_mm256_setzero_ps()}; }
@@ -18,7 +18,6 @@ FV_OP Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x)}; }
 FV_OP Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x)}; }
 FV_OP Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.x, b.x, c.x)}; }
 FV_OP Vec mac(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-FV_OP Vec mac_mem(const float* p, Vec b, Vec c) { return fma(bcast32(p), b, c); }
 FV_OP Vec vmax(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x)}; }  // b where either is NaN
 FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) {
   const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

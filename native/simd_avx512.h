@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 struct Vec { __m512 x; };
-enum { W = 16, NK = 12, NQ = 12, PAIRS = FV_PAIRS != 0 };
+enum { W = 16, NK = 6, NQ = 6, NV = 4, PAIRS = FV_PAIRS != 0 };
 
 #define FV_OP static inline __attribute__((always_inline))
 FV_OP Vec zero() { return {_mm512_setzero_ps()}; }
@@ -42,13 +42,8 @@ FV_OP Vec pair(Vec lo, Vec hi) {
 }
 FV_OP void store_bf16(uint16_t* p, Vec a) { _mm256_storeu_si256((__m256i*)(void*)p, _mm512_cvtepi32_epi16(round_bf16(a))); }
 
-// mac_mem takes *p as a broadcast memory operand: one micro-operation less to decode than load and multiply-add apart.
 #if FV_PAIRS == 1
 FV_OP Vec mac(Vec a, Vec b, Vec c) { return {_mm512_dpbf16_ps(c.x, (__m512bh)a.x, (__m512bh)b.x)}; }
-FV_OP Vec mac_mem(const float* p, Vec b, Vec c) {
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c.x) : "v"(b.x), "m"(*p));
-  return c;
-}
 #elif FV_PAIRS == 2
 FV_OP Vec mac(Vec a, Vec b, Vec c) {
   __m512i ai = _mm512_castps_si512(a.x), bi = _mm512_castps_si512(b.x), high = _mm512_set1_epi32((int)0xffff0000u);
@@ -56,14 +51,9 @@ FV_OP Vec mac(Vec a, Vec b, Vec c) {
                                _mm512_castsi512_ps(_mm512_and_si512(bi, high)), c.x);
   return {_mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(ai, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(bi, 16)), odd)};
 }
-FV_OP Vec mac_mem(const float* p, Vec b, Vec c) { return mac(bcast32(p), b, c); }
 #else
 FV_OP Vec mac(Vec a, Vec b, Vec c) {  // spelled out: left to itself the compiler moves accumulators about and spills
   __asm__("vfmadd231ps %2, %1, %0" : "+v"(c.x) : "v"(b.x), "v"(a.x));
-  return c;
-}
-FV_OP Vec mac_mem(const float* p, Vec b, Vec c) {
-  __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c.x) : "v"(b.x), "m"(*p));
   return c;
 }
 #endif

@@ -6,7 +6,7 @@
 typedef float fv_f4 __attribute__((vector_size(16)));
 typedef int32_t fv_i4 __attribute__((vector_size(16)));
 struct Vec { fv_f4 x; };
-enum { W = 4, NK = 4, NQ = 4, PAIRS = 0 };
+enum { W = 4, NK = 4, NQ = 4, NV = 2, PAIRS = 0 };
 
 #define FV_OP static inline __attribute__((always_inline))
 FV_OP Vec set1(float x) { return {fv_f4{x, x, x, x}}; }
@@ -20,7 +20,6 @@ FV_OP Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
 FV_OP Vec div(Vec a, Vec b) { return {a.x / b.x}; }
 FV_OP Vec fma(Vec a, Vec b, Vec c) { return {a.x * b.x + c.x}; }
 FV_OP Vec mac(Vec a, Vec b, Vec c) { return fma(a, b, c); }
-FV_OP Vec mac_mem(const float* p, Vec b, Vec c) { return fma(bcast32(p), b, c); }
 FV_OP Vec pick(fv_i4 on, Vec a, Vec b) { return {(fv_f4)((on & (fv_i4)a.x) | (~on & (fv_i4)b.x))}; }
 FV_OP Vec vmax(Vec a, Vec b) { return pick(a.x > b.x, a, b); }  // b where either is NaN
 FV_OP Vec select_bits(uint64_t bits, Vec a, Vec b) {
