@@ -7,7 +7,7 @@ enum { FEW = 4 };
 
 static bool takes_few(const fv_args& a) {
   return a.q_len <= FEW && a.normalizer == FV_SOFTMAX && a.softcap == 0.f && !a.temperature && !a.bias && !a.table &&
-         a.shift == 0.f && a.dropout == 0.f && a.dim % W == 0 && a.v_dim % W == 0;
+         a.shift == 0.f && a.dropout == 0.f && a.dim % W == 0 && a.v_dim % 16 == 0;  // results have rows of up(v_dim, 16)
 }
 
 // The next tile's rows, while this one is worked on.

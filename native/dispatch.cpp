@@ -1,9 +1,11 @@
 // Checks every size, picks the kernel, spreads the query tiles over the threads.
 #include <pthread.h>
 
+#include <cfloat>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "foveate.h"
 #include "tile.h"
@@ -22,7 +24,10 @@ bool fv_amx_enable();  // asks the kernel for the tile registers, once
 
 namespace {
 
-const int64_t WORKSPACE = 16 << 20;  // floats of prepared keys and values held at once
+#ifndef FV_WORKSPACE  // the sanitizer builds take less, so that small requests need several rounds
+#define FV_WORKSPACE (16 << 20)
+#endif
+const int64_t WORKSPACE = FV_WORKSPACE;  // floats of prepared keys and values held at once
 
 const fv_kernel* kernel_of(int32_t isa) {
   switch (isa) {
@@ -188,6 +193,7 @@ void work(void* data) {
   const fv_args& a = *job.args;
   const int64_t groups = groups_of(a);
   const int64_t thread = __atomic_fetch_add(&job.next_thread, 1, __ATOMIC_RELAXED);
+  if (thread >= a.threads) return;  // a pool that runs more than it was asked for: there is no scratch for it
   float* buffer = job.scratch + job.floats * thread;
   for (;;) {
     const int64_t task = __atomic_fetch_add(&job.next_task, 1, __ATOMIC_RELAXED);
@@ -256,9 +262,24 @@ void run(Job* job, int64_t tasks, Phase phase) {
 }
 
 // --------------------------------------------------------------------------------------------------------- checks
-bool product_fits(int64_t a, int64_t b, int64_t c) {
-  int64_t x;
-  return !__builtin_mul_overflow(a, b, &x) && !__builtin_mul_overflow(x, c, &x);
+// So far below the end of int64 that sums and small multiples of counts that pass need no checks of their own.
+const int64_t MOST = INT64_C(1) << 56;
+
+bool product_fits(std::initializer_list<int64_t> counts) {
+  int64_t x = 1;
+  for (const int64_t count : counts)
+    if (__builtin_mul_overflow(x, count, &x) || x > MOST) return false;
+  return true;
+}
+
+// Can every element be reached without overflow? Strides of dimensions of size 1 are never used.
+bool strides_fit(const int64_t* strides, std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) {
+    int64_t reach;
+    if (size > 1 && (__builtin_mul_overflow(*strides, size - 1, &reach) || reach > MOST || reach < -MOST)) return false;
+    ++strides;
+  }
+  return true;
 }
 
 int32_t fail(char* message, int64_t size, const char* what) {
@@ -278,6 +299,8 @@ const char* check_layout(const fv_args& a) {
   if (a.nnz > 0 && (!a.tile_idx || !a.tile_id)) return "bad layout";
   if (a.bitmaps > 0 && !a.dictionary) return "bad layout";
   const int64_t rows = a.layout_batch * a.layout_heads * q_tiles;
+  int64_t tiles;  // as many as there can be: what is read of tile_idx and tile_id is bounded by the lengths
+  if (!__builtin_mul_overflow(rows, k_tiles, &tiles) && a.nnz > tiles) return "bad layout";
   if (a.row_ptr[0] != 0 || a.row_ptr[rows] != a.nnz) return "row_ptr must run from 0 to the number of tiles";
   bool rising = true;
   for (int64_t r = 0; r < rows; ++r) {
@@ -292,8 +315,10 @@ const char* check_layout(const fv_args& a) {
 }
 
 const char* check_table(const fv_args& a) {
-  if (!a.q_code || !a.k_code || a.table_len < 1) return "a table needs its codes and a length";
+  if (!a.q_code || !a.k_code || a.table_len < 1 || a.table_len > INT32_MAX)
+    return "a table needs its codes and a length";
   if (a.table_stride != 0 && a.table_stride < a.table_len) return "table heads overlap";
+  if (!strides_fit(&a.table_stride, {a.heads})) return "strides overflow";
   int32_t low[2], high[2];
   for (int side = 0; side < 2; ++side) {
     const int32_t* codes = side ? a.k_code : a.q_code;
@@ -312,21 +337,32 @@ const char* check(const fv_args& a, bool backward) {
   if (a.kind != FV_FULL && a.kind != FV_CAUSAL && a.kind != FV_LAYOUT) return "unknown kind";
   if (a.normalizer != FV_SOFTMAX && a.normalizer != FV_SIGMOID && a.normalizer != FV_RELU) return "unknown normalizer";
   if (a.batch < 0 || a.heads < 0 || a.q_len < 0 || a.kv_heads < 0 || a.k_len < 0) return "negative size";
-  if (nothing_to_do(a)) return nullptr;  // nothing to write, or zeros
+  if (a.dim < 1 || a.dim > FV_MAX_DIM || a.v_dim < 1 || a.v_dim > FV_MAX_DIM) return "head dims must lie in 1..512";
+  if (nothing_to_do(a)) {  // nothing to write, or zeros
+    const bool fits = product_fits({a.batch, a.kv_heads, a.k_len, FV_MAX_DIM}) && product_fits({a.batch, a.heads, a.k_len}) &&
+                      (!a.dtable || (a.table_len >= 0 && product_fits({a.batch, a.heads, a.table_len})));
+    return backward && !fits ? "sizes overflow" : nullptr;
+  }
   if (a.kv_heads < 1 || a.heads % a.kv_heads) return "heads must be a multiple of kv_heads";
   if (a.k_len < 1) return "k_len must be at least 1";
-  if (a.dim < 1 || a.dim > FV_MAX_DIM || a.v_dim < 1 || a.v_dim > FV_MAX_DIM) return "head dims must lie in 1..512";
   if (a.threads < 1 || a.threads > 4096) return "threads must lie in 1..4096";
-  if (!(a.softcap >= 0.f)) return "softcap must not be negative";
+  // its reciprocal is used, which must be finite and not 0
+  if (a.softcap != 0.f && !(a.softcap >= FLT_MIN && a.softcap <= FLT_MAX)) return "softcap must be 0 or positive and finite";
   if (!(a.dropout >= 0.f && a.dropout < 1.f)) return "dropout must lie in [0, 1)";
   if (!a.q || !a.k || !a.v || !a.out) return "null tensor";
   const bool softmax = a.normalizer == FV_SOFTMAX;
   if (softmax != (a.lse != nullptr)) return "lse belongs to softmax and to nothing else";
   if (!softmax && a.sinks) return "sinks belong to softmax";
-  const int64_t most = INT64_MAX / 4 / (FV_MAX_DIM + 2 * FV_TILE);  // whatever is counted below in floats fits
-  if (a.q_len > most || a.k_len > most || !product_fits(a.batch, a.heads, a.q_len + FV_TILE) ||
-      !product_fits(a.batch, a.heads, a.k_len + FV_TILE))
+  // whatever is counted later in elements or floats fits
+  if (!product_fits({a.batch, a.heads, a.q_len}) || !product_fits({a.batch, a.heads, a.k_len}) ||
+      !product_fits({a.batch, a.heads, a.q_len + FV_TILE, rounded(a.dim, 16) + rounded(a.v_dim, 16)}) ||
+      !product_fits({a.batch, a.heads, a.k_len + FV_TILE, rounded(a.dim, 16) + rounded(a.v_dim, 16)}))
     return "sizes overflow";
+  if (!strides_fit(a.q_stride, {a.batch, a.heads, a.q_len}) || !strides_fit(a.out_stride, {a.batch, a.heads, a.q_len}) ||
+      !strides_fit(a.k_stride, {a.batch, a.kv_heads, a.k_len}) || !strides_fit(a.v_stride, {a.batch, a.kv_heads, a.k_len}) ||
+      (a.temperature && !strides_fit(a.temperature_stride, {a.batch, a.heads, a.q_len})) ||
+      (a.bias && !strides_fit(a.bias_stride, {a.batch, a.heads, a.q_len, a.k_len})))
+    return "strides overflow";
   if (a.bias && a.bias_dtype != FV_F32 && a.bias_dtype != FV_BF16 && a.bias_dtype != FV_F16)
     return "bias must be float32, bfloat16 or float16";
   if (a.table)
@@ -338,7 +374,12 @@ const char* check(const fv_args& a, bool backward) {
     if ((a.dbias || a.dbias_query || a.dbias_key) && !a.bias) return "a gradient for a bias that is not there";
     if (a.dbias && (a.dbias_stride[2] == 0 || a.dbias_stride[3] == 0)) return "dbias must have queries and keys";
     if (a.dtable && !a.table) return "a gradient for a table that is not there";
-    if (a.dtable && !product_fits(groups_of(a), a.table_len, 64)) return "sizes overflow";
+    if (!product_fits({rounded(a.q_len, FV_TILE) / FV_TILE, rounded(a.k_len, FV_TILE) / FV_TILE, groups_of(a), a.threads}) ||
+        (a.dtable && !product_fits({a.batch, a.heads, a.table_len})))
+      return "sizes overflow";
+    if (!strides_fit(a.dout_stride, {a.batch, a.heads, a.q_len}) ||
+        (a.dbias && !strides_fit(a.dbias_stride, {a.batch, a.heads, a.q_len, a.k_len})))
+      return "strides overflow";
     if (a.dtemperature && !a.temperature) return "a gradient for a temperature that is not there";
   }
   return a.kind == FV_LAYOUT ? check_layout(a) : nullptr;
@@ -385,6 +426,22 @@ int64_t plan_copies(Job* job, int64_t all_heads, int64_t enough) {
   if (head_floats == 0 || head_floats <= WORKSPACE / all_heads) return all_heads;
   const int64_t round = WORKSPACE / head_floats;
   return round >= enough ? round : enough < all_heads ? enough : all_heads;
+}
+
+// Strides of dimensions of size 1 mean nothing and may be anything; here they become 0.
+void settle(int64_t* strides, std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) {
+    if (size == 1) *strides = 0;
+    ++strides;
+  }
+}
+
+void settle_strides(fv_args* a) {
+  for (int64_t* strides : {a->q_stride, a->out_stride, a->dout_stride, a->temperature_stride})
+    settle(strides, {a->batch, a->heads, a->q_len});
+  for (int64_t* strides : {a->k_stride, a->v_stride}) settle(strides, {a->batch, a->kv_heads, a->k_len});
+  for (int64_t* strides : {a->bias_stride, a->dbias_stride}) settle(strides, {a->batch, a->heads, a->q_len, a->k_len});
+  settle(&a->table_stride, {a->heads});
 }
 
 // One query per head: the heads that share a kv head become the queries of one, so that keys and values are read once.
@@ -468,6 +525,7 @@ const char* backward(const fv_args& a, const fv_kernel* kernel) {
   job.ready.v = job.ready.v_tile ? room.at(v) : nullptr;
   job.sums = room.at(sums);
   job.found = reinterpret_cast<fv_sums*>(room.at(found));
+  if (a.dbias_query) zero(a.dbias_query, a.batch * a.heads * a.q_len);  // the tiles add to it
   for (int64_t first = 0; first < all_heads; first += round) {
     job.first_head = job.ready.first = first;
     job.heads = all_heads - first < round ? all_heads - first : round;
@@ -478,6 +536,15 @@ const char* backward(const fv_args& a, const fv_kernel* kernel) {
   return nullptr;
 }
 
+// Without queries the sums over queries are 0.
+void clear_sums(const fv_args& a) {
+  const int64_t size = a.dtype == FV_F32 ? 4 : 2, rows = a.batch * a.kv_heads * a.k_len;
+  if (a.dk) std::memset(a.dk, 0, static_cast<size_t>(rows * a.dim * size));
+  if (a.dv) std::memset(a.dv, 0, static_cast<size_t>(rows * a.v_dim * size));
+  if (a.dbias_key) zero(a.dbias_key, a.batch * a.heads * a.k_len);
+  if (a.dtable) zero(a.dtable, a.batch * a.heads * a.table_len);
+}
+
 int32_t call(const fv_args* args, char* message, int64_t message_size, bool back) {
   if (!args) return fail(message, message_size, "no arguments");
   if (args->abi != FV_ABI) return fail(message, message_size, "the library and its caller are of different versions");
@@ -485,16 +552,15 @@ int32_t call(const fv_args* args, char* message, int64_t message_size, bool back
   int32_t isa = args->isa;
   if (!fv_isa_available(isa)) return fail(message, message_size, "this CPU or build lacks the instruction set asked for");
   if (nothing_to_do(*args)) {
-    const int64_t size = args->dtype == FV_F32 ? 4 : 2, rows = args->batch * args->kv_heads * args->k_len;
-    if (back && args->dk) std::memset(args->dk, 0, static_cast<size_t>(rows * args->dim * size));
-    if (back && args->dv) std::memset(args->dv, 0, static_cast<size_t>(rows * args->v_dim * size));
+    if (back) clear_sums(*args);
     return 0;
   }
   const bool pairs = isa == FV_AVX512_BF16 || isa == FV_BF16DOT_EMULATED;
   if (pairs && (back || args->dtype == FV_F32)) isa = FV_AVX512;
   if (isa == FV_AMX && (back || args->dtype == FV_F32)) isa = FV_AVX512;
-  fv_args folded;
-  const fv_args& a = !back && fold_groups(*args, &folded) ? folded : *args;
+  fv_args settled = *args, folded;
+  settle_strides(&settled);
+  const fv_args& a = !back && fold_groups(settled, &folded) ? folded : settled;
   const char* what = back ? backward(a, kernel_of(isa)) : forward(a, kernel_of(isa));
   return what ? fail(message, message_size, what) : 0;
 }
