@@ -1,8 +1,9 @@
 // Random requests to the C ABI, compared with the definition in double precision; invalid ones must be refused.
 //
-//   fuzz [--seed S] [--cases N] [--case K] [--threads-least T] [--quiet]
+//   fuzz [--seed S] [--cases N] [--case K] [--threads-least T] [--work W] [--quiet]
 //
-// Case K of seed S is the same request whatever came before it, so `--seed S --case K` repeats a failure. Each case
+// W bounds the multiplications of one pass of a case. Case K of seed S is the same request whatever came before it: a
+// failure prints the options that repeat it. Each case
 //   - draws a request: every dtype, kind, normaliser, score and instruction set, odd lengths and dims, any strides;
 //   - holds each tensor in a heap block of exactly its size (an address sanitizer sees one element too far), with NaN
 //     in the gaps between rows, in outputs before the call and sometimes in keys and values that are masked;
@@ -42,8 +43,14 @@ namespace {
 const double NAN_ = std::numeric_limits<double>::quiet_NaN(), INF = std::numeric_limits<double>::infinity();
 const int64_t BIG = INT64_MAX;
 
+struct Limits {  // of what is drawn
+  int threads = 1;     // at least
+  uint64_t work = 15000000;  // multiplications of one pass, at most
+};
+
 uint64_t run_seed = 1;
 long run_case = 0;
+Limits limits;
 
 struct Failure {
   std::string what;
@@ -375,7 +382,7 @@ void draw_sizes(Random& random, fv_args& a) {
     a.k_len = random.between(600, 4200);
     groups = random.pick({1, 2, 4, 7, 64, 65});
   }
-  const double most = std::pow(10.0, 5.0 + 2.2 * random.unit());
+  const double most = static_cast<double>(limits.work) * std::pow(10.0, -2.2 * random.unit());
   const auto work = [&] { return static_cast<double>(a.batch * a.kv_heads * groups * a.q_len * a.k_len * (a.dim + a.v_dim)); };
   while (work() > most) {
     switch (random.below(6)) {
@@ -391,8 +398,8 @@ void draw_sizes(Random& random, fv_args& a) {
   a.heads = a.kv_heads * groups;
 }
 
-void draw_threads(Random& random, fv_args& a, int threads_least) {
-  a.threads = static_cast<int32_t>(random.between(threads_least, 8));
+void draw_threads(Random& random, fv_args& a) {
+  a.threads = static_cast<int32_t>(random.between(limits.threads, 8));
   a.parallel = nullptr;
   if (random.chance(0.3)) a.parallel = random.pick<fv_parallel>({pool_threads, pool_threads, pool_once, pool_turns});
 }
@@ -409,7 +416,7 @@ void spoil(Random& random, const Tensor& x, double share) {
     if (random.chance(share)) x.store(x.at(n), random.pick({NAN_, NAN_, INF, -INF}));
 }
 
-Case draw_case(Random& random, int threads_least) {
+Case draw_case(Random& random) {
   Case c;
   fv_args& a = c.a;
   a.abi = FV_ABI;
@@ -417,7 +424,7 @@ Case draw_case(Random& random, int threads_least) {
   a.kind = random.pick({FV_FULL, FV_CAUSAL, FV_LAYOUT, FV_LAYOUT});
   a.normalizer = random.pick({FV_SOFTMAX, FV_SOFTMAX, FV_SOFTMAX, FV_SIGMOID, FV_RELU});
   draw_isa(random, a);
-  draw_threads(random, a, threads_least);
+  draw_threads(random, a);
   draw_sizes(random, a);
   const bool plain = random.chance(0.3), softmax = a.normalizer == FV_SOFTMAX;
   a.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(a.dim)));
@@ -866,7 +873,7 @@ void check_backward(const Case& c, const fv_args& a, const Result& y) {
   compare("dtable", y.dtable, g.dtable);
 }
 
-void check_valid(Random& random, const Case& c, int threads_least, std::string* words) {
+void check_valid(Random& random, const Case& c, std::string* words) {
   const uint64_t before = digest(c);
   Result y = fresh(c.shape);
   Expected out, lse;
@@ -879,7 +886,7 @@ void check_valid(Random& random, const Case& c, int threads_least, std::string* 
   }
   if (random.chance(0.5)) {  // other threads, another instruction set
     fv_args other = c.a;
-    draw_threads(random, other, threads_least);
+    draw_threads(random, other);
     draw_isa(random, other);
     const Result varied = fresh(c.shape);
     run(other, false, varied, words);
@@ -899,7 +906,7 @@ void check_valid(Random& random, const Case& c, int threads_least, std::string* 
     }
     if (random.chance(0.3)) {
       fv_args other = c.a;
-      draw_threads(random, other, threads_least);
+      draw_threads(random, other);
       draw_isa(random, other);
       const Result varied = start;
       run(other, true, varied, words);
@@ -1079,9 +1086,9 @@ void check_zero(const char* name, const Tensor& x) {
     demand(x.load(x.at(n)) == 0, text("%s is not 0 where there was nothing to do", name));
 }
 
-void check_corrupted(Random& random, const Corruption& wrong, int64_t seed, int threads_least) {
+void check_corrupted(Random& random, const Corruption& wrong, int64_t seed) {
   Random again{static_cast<uint64_t>(seed)};
-  Case c = draw_case(again, threads_least);
+  Case c = draw_case(again);
   if (!wrong.apply(random, c)) return;
   const bool back = wrong.back || random.chance(0.5);
   const Result y = fresh(c.shape);
@@ -1104,10 +1111,10 @@ void check_corrupted(Random& random, const Corruption& wrong, int64_t seed, int 
   }
 }
 
-void check_invalid(Random& random, int threads_least, const std::vector<Corruption>& list) {
+void check_invalid(Random& random, const std::vector<Corruption>& list) {
   const int64_t seed = static_cast<int64_t>(random.next() >> 1);
   for (int n = 0; n < 4; ++n)
-    check_corrupted(random, list[random.below(static_cast<int64_t>(list.size()))], seed, threads_least);
+    check_corrupted(random, list[random.below(static_cast<int64_t>(list.size()))], seed);
   char message[64];
   demand(fv_forward(nullptr, message, sizeof message) < 0 && fv_backward(nullptr, nullptr, 0) < 0, "null arguments accepted");
   for (const int32_t isa : {-1, static_cast<int32_t>(FV_ISAS), INT32_MAX, INT32_MIN, static_cast<int32_t>(random.next())})
@@ -1117,8 +1124,9 @@ void check_invalid(Random& random, int threads_least, const std::vector<Corrupti
 // -------------------------------------------------------------------------------------------------------------- main
 void say_case() {
   char line[128];
-  const int size = std::snprintf(line, sizeof line, "\nfailed: fuzz --seed %llu --case %ld\n",
-                                 static_cast<unsigned long long>(run_seed), run_case);
+  const int size = std::snprintf(line, sizeof line, "\nfailed: fuzz --seed %llu --case %ld --threads-least %d --work %llu\n",
+                                 static_cast<unsigned long long>(run_seed), run_case, limits.threads,
+                                 static_cast<unsigned long long>(limits.work));
   if (write(STDERR_FILENO, line, static_cast<size_t>(size)) < 0) _exit(1);
 }
 
@@ -1128,17 +1136,17 @@ void on_signal(int number) {
   raise(number);
 }
 
-bool run_one(long number, int threads_least, const std::vector<Corruption>& list) {
+bool run_one(long number, const std::vector<Corruption>& list) {
   run_case = number;
   Random random{run_seed * 0x9E3779B97F4A7C15u ^ static_cast<uint64_t>(number) * 0xD1342543DE82EF95u};
   std::string words, call;
   try {
-    const Case c = draw_case(random, threads_least);
+    const Case c = draw_case(random);
     words = c.words();
-    check_valid(random, c, threads_least, &call);
+    check_valid(random, c, &call);
     words = "a corrupted request";
     call.clear();
-    check_invalid(random, threads_least, list);
+    check_invalid(random, list);
   } catch (const Failure& failure) {
     std::fprintf(stderr, "%s\n  %s of %s", failure.what.c_str(), call.c_str(), words.c_str());
     say_case();
@@ -1151,7 +1159,6 @@ bool run_one(long number, int threads_least, const std::vector<Corruption>& list
 
 int main(int argc, char** argv) {
   long cases = 2000, only = -1;
-  int threads_least = 1;
   bool quiet = false;
   for (int n = 1; n < argc; ++n) {
     const std::string option = argv[n];
@@ -1173,9 +1180,11 @@ int main(int argc, char** argv) {
     } else if (option == "--case") {
       only = static_cast<long>(value);
     } else if (option == "--threads-least" && value >= 1 && value <= 8) {
-      threads_least = static_cast<int>(value);
+      limits.threads = static_cast<int>(value);
+    } else if (option == "--work" && value >= 1) {
+      limits.work = value;
     } else {
-      std::fprintf(stderr, "usage: fuzz [--seed S] [--cases N] [--case K] [--threads-least 1..8] [--quiet]\n");
+      std::fprintf(stderr, "usage: fuzz [--seed S] [--cases N] [--case K] [--threads-least 1..8] [--work W] [--quiet]\n");
       return 2;
     }
   }
@@ -1188,13 +1197,13 @@ int main(int argc, char** argv) {
     return 1;
   }
   const std::vector<Corruption> list = corruptions();
-  if (only >= 0) return run_one(only, threads_least, list) ? 0 : 1;
+  if (only >= 0) return run_one(only, list) ? 0 : 1;
   std::string sets;
   for (int isa = 0; isa < FV_ISAS; ++isa)
     if (fv_isa_available(isa)) sets += " " + std::to_string(isa);
   if (!quiet) std::printf("fuzz: seed %llu, %ld cases, instruction sets%s\n", static_cast<unsigned long long>(run_seed), cases, sets.c_str()), std::fflush(stdout);
   for (long n = 0; n < cases; ++n) {
-    if (!run_one(n, threads_least, list)) return 1;
+    if (!run_one(n, list)) return 1;
     if (!quiet && (n + 1) % 200 == 0) std::printf("fuzz: %ld of %ld cases\n", n + 1, cases), std::fflush(stdout);
   }
   std::printf("fuzz: %ld cases passed\n", cases);

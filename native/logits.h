@@ -35,7 +35,7 @@ static void open_logits(const fv_args& a, int64_t b, int64_t h, int64_t i, int q
   x.ramp = true;
   for (int r = 0; a.table && r < T; ++r) {
     x.q_code[r] = a.q_code[i * T + (r < queries ? r : queries - 1)];
-    x.ramp = x.ramp && queries == T && x.q_code[r] == x.q_code[0] + r;
+    x.ramp = x.ramp && queries == T && x.q_code[r] == (int64_t)x.q_code[0] + r;
   }
   x.drops = a.dropout > 0.f;
   const double threshold = (double)a.dropout * 4294967296.0 + 0.5;
