@@ -11,18 +11,21 @@
 
 enum { BACK_STEP = FV_BACK_STEP, BACK_ROWS = FV_BACK_ROWS };
 
-struct Block {  // one query tile of a block
-  float *qt, *dot;      // Q^T, dO^T
-  float *q, *dout;      // panels
-  float *dq;            // rows of up(dim, 16)
-  float *s, *dp;        // BACK_STEP tiles each
+struct QueryTile {  // one query tile of a block
   Rows rows;
   Logits logits;
   alignas(64) float warm[T];  // gradient of the temperature
   int queries, nv;
-  bool finite;          // no NaN or Inf in its rows of q and dout
+  bool finite;      // no NaN or Inf in its rows of q and dout
   int64_t i;
-  int64_t at, end;      // position in its row of key tiles
+  int64_t at, end;  // position in its row of key tiles
+};
+
+struct Block : QueryTile {
+  float *qt, *dot;  // Q^T, dO^T
+  float *q, *dout;  // panels
+  float *dq;        // rows of up(dim, 16)
+  float *s, *dp;    // BACK_STEP tiles each
   Tile tiles[BACK_STEP];
   uint64_t words[BACK_STEP][T];
   bool present[BACK_STEP], broken[BACK_STEP];
@@ -77,23 +80,24 @@ static void copy_panels(const E* from, int64_t stride, int queries, int64_t dim,
     }
 }
 
+// Where the rows of one query tile begin, in any tensor of queries.
 template <class E>
-static void open_block(const fv_args& a, int64_t b, int64_t h, int64_t i, Block& x) {
+FV_INLINE const E* rows_of(const void* tensor, const int64_t* stride, int64_t b, int64_t h, int64_t i) {
+  return (const E*)tensor + b * stride[0] + h * stride[1] + i * T * stride[2];
+}
+
+template <class E>
+static void open_query_tile(const fv_args& a, int64_t b, int64_t h, int64_t i, QueryTile& x) {
   const int64_t first = i * T, row = (b * a.heads + h) * a.q_len + first;
-  const E* q = (const E*)a.q + b * a.q_stride[0] + h * a.q_stride[1] + first * a.q_stride[2];
-  const E* out = (const E*)a.out + b * a.out_stride[0] + h * a.out_stride[1] + first * a.out_stride[2];
-  const E* dout = (const E*)a.dout + b * a.dout_stride[0] + h * a.dout_stride[1] + first * a.dout_stride[2];
+  const E* q = rows_of<E>(a.q, a.q_stride, b, h, i);
+  const E* out = rows_of<E>(a.out, a.out_stride, b, h, i);
+  const E* dout = rows_of<E>(a.dout, a.dout_stride, b, h, i);
   x.i = i;
   x.queries = a.q_len - first < T ? (int)(a.q_len - first) : T;
   x.nv = (x.queries + W - 1) / W;
   open_logits(a, b, h, i, x.queries, x.logits);
   if (a.dropout > 0.f) x.logits.plain = false;
-  pack_queries(q, a.q_stride[2], a.dim, x.queries, x.logits.plain ? a.scale * LOG2E : 1.f, x.qt);
-  pack_queries(dout, a.dout_stride[2], a.v_dim, x.queries, 1.f, x.dot);
-  copy_panels(q, a.q_stride[2], x.queries, a.dim, x.q);
-  copy_panels(dout, a.dout_stride[2], x.queries, a.v_dim, x.dout);
   x.finite = all_finite(q, a.q_stride[2], x.queries, a.dim) && all_finite(dout, a.dout_stride[2], x.queries, a.v_dim);
-  for (int64_t n = 0; n < T * up(a.dim, 16); ++n) x.dq[n] = 0.f;
   for (int r = 0; r < T; ++r) x.warm[r] = x.rows.lse[r] = x.rows.delta[r] = 0.f;
   if (a.normalizer == FV_SOFTMAX)
     for (int r = 0; r < x.queries; ++r) {
@@ -112,8 +116,20 @@ static void open_block(const fv_args& a, int64_t b, int64_t h, int64_t i, Block&
   x.end = rows.end;
 }
 
+template <class E>
+static void open_block(const fv_args& a, int64_t b, int64_t h, int64_t i, Block& x) {
+  const E* q = rows_of<E>(a.q, a.q_stride, b, h, i);
+  const E* dout = rows_of<E>(a.dout, a.dout_stride, b, h, i);
+  open_query_tile<E>(a, b, h, i, x);
+  pack_queries(q, a.q_stride[2], a.dim, x.queries, x.logits.plain ? a.scale * LOG2E : 1.f, x.qt);
+  pack_queries(dout, a.dout_stride[2], a.v_dim, x.queries, 1.f, x.dot);
+  copy_panels(q, a.q_stride[2], x.queries, a.dim, x.q);
+  copy_panels(dout, a.dout_stride[2], x.queries, a.v_dim, x.dout);
+  for (int64_t n = 0; n < T * up(a.dim, 16); ++n) x.dq[n] = 0.f;
+}
+
 // Gradients of the biases from dS[key][query] of one tile.
-static void add_extra_gradients(const fv_args& a, const fv_sums& sums, const Block& x, const Tile& tile, int64_t b,
+static void add_extra_gradients(const fv_args& a, const fv_sums& sums, const QueryTile& x, const Tile& tile, int64_t b,
                                 int64_t h, int64_t g, int64_t j, const float* ds) {
   if (a.dbias) {
     float* to = a.dbias + b * a.dbias_stride[0] + h * a.dbias_stride[1] + x.i * T * a.dbias_stride[2] + j * T * a.dbias_stride[3];

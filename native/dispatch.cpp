@@ -557,7 +557,7 @@ int32_t call(const fv_args* args, char* message, int64_t message_size, bool back
   }
   const bool pairs = isa == FV_AVX512_BF16 || isa == FV_BF16DOT_EMULATED;
   if (pairs && (back || args->dtype == FV_F32)) isa = FV_AVX512;
-  if (isa == FV_AMX && (back || args->dtype == FV_F32)) isa = FV_AVX512;
+  if (isa == FV_AMX && args->dtype == FV_F32) isa = FV_AVX512;
   fv_args settled = *args, folded;
   settle_strides(&settled);
   const fv_args& a = !back && fold_groups(settled, &folded) ? folded : settled;

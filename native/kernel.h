@@ -65,7 +65,7 @@ struct Tile {
 #include "logits.h"
 #include "operands.h"
 #include "forward.h"
-#if FV_PAIRS  // bfloat16 trains on the widened kernel
+#if FV_PAIRS && !defined(FV_TILES)  // bfloat16 trains on the widened kernel
 static const auto run_backward = nullptr, write_keys = nullptr;
 static int64_t backward_floats(const fv_args&) { return 0; }
 #else
