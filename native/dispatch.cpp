@@ -9,6 +9,11 @@
 
 #include "foveate.h"
 #include "tile.h"
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(from, bytes) ((void)(from), (void)(bytes))
+#endif
 
 extern const fv_kernel fv_portable_kernel;
 #ifdef FV_X86
@@ -386,18 +391,31 @@ const char* check(const fv_args& a, bool backward) {
 }
 
 // ----------------------------------------------------------------------------------------------------------- calls
-// Room for everything, in one allocation.
+// Room for everything, in one allocation. Behind each part, and behind each thread's scratch, lie floats that are nobody's:
+// the address sanitizer watches them.
+const int64_t GUARD = 16;
+
+void guard(float* end) { ASAN_POISON_MEMORY_REGION(end, sizeof(float) * GUARD); }
+
 struct Room {
-  int64_t floats = 0;
+  int64_t floats = 0, ends[5], parts = 0;
   bool overflow = false;
   void* memory = nullptr;
   int64_t take(int64_t count, int64_t times) {
     int64_t wanted, here = floats;
-    overflow |= __builtin_mul_overflow(rounded(count, 16), times, &wanted) || __builtin_add_overflow(floats, wanted, &floats) ||
-                floats > INT64_MAX / 8;
+    if (__builtin_mul_overflow(rounded(count, 16), times, &wanted) || wanted > INT64_MAX / 64) {
+      overflow = true;
+      return 0;
+    }
+    floats += wanted + GUARD;
+    ends[parts++] = floats - GUARD;
     return here;
   }
-  bool get() { return !posix_memalign(&memory, 64, static_cast<size_t>(floats ? floats : 1) * sizeof(float)); }
+  bool get() {
+    if (posix_memalign(&memory, 64, static_cast<size_t>(floats) * sizeof(float))) return false;
+    for (int64_t n = 0; n < parts; ++n) guard(at(ends[n]));
+    return true;
+  }
   float* at(int64_t offset) { return static_cast<float*>(memory) + offset; }
   ~Room() { std::free(memory); }
 };
@@ -409,7 +427,7 @@ void open_job(const fv_args& a, const fv_kernel* kernel, bool backward, Job* job
   job->backward = backward;
   job->q_tiles = (a.q_len + FV_TILE - 1) / FV_TILE;
   job->k_tiles = (a.k_len + FV_TILE - 1) / FV_TILE;
-  job->floats = rounded(kernel->scratch_floats(a, backward) + 16, 16);
+  job->floats = rounded(kernel->scratch_floats(a, backward), 16) + GUARD;
   job->parts = job->chunks = 1;
 }
 
@@ -479,6 +497,7 @@ const char* forward(const fv_args& a, const fv_kernel* kernel) {
   if (room.overflow) return "sizes overflow";
   if (!room.get()) return "out of memory";
   job.scratch = room.at(scratch);
+  for (int64_t thread = 1; thread <= a.threads; ++thread) guard(job.scratch + job.floats * thread - GUARD);
   job.ready.k = job.ready.k_tile ? room.at(k) : nullptr;
   job.ready.v = job.ready.v_tile ? room.at(v) : nullptr;
   job.states = room.at(states);
@@ -521,6 +540,7 @@ const char* backward(const fv_args& a, const fv_kernel* kernel) {
   if (room.overflow) return "sizes overflow";
   if (!room.get()) return "out of memory";
   job.scratch = room.at(scratch);
+  for (int64_t thread = 1; thread <= a.threads; ++thread) guard(job.scratch + job.floats * thread - GUARD);
   job.ready.k = job.ready.k_tile ? room.at(k) : nullptr;
   job.ready.v = job.ready.v_tile ? room.at(v) : nullptr;
   job.sums = room.at(sums);
