@@ -10,7 +10,7 @@ from foveate.core.request import make_request
 
 if TYPE_CHECKING:
     from foveate.core.normalizers import Normalizer
-    from foveate.core.request import Who
+    from foveate.core.request import CuSeqlens, Who
     from foveate.core.scores import Score
 
 
@@ -21,6 +21,7 @@ def attention(
     pattern: Who = None,
     *,
     is_causal: bool = False,
+    cu_seqlens: CuSeqlens = None,
     score: Score | tuple[Score, ...] | None = None,
     sinks: Tensor | None = None,
     normalizer: Normalizer | str = "softmax",
@@ -44,6 +45,10 @@ def attention(
             function is evaluated at every call, as it may read tensors that change; `MaskMod(f)` keeps its layout.
         is_causal: also require key position <= query position. For N != M the last query is aligned with the last key
             (bottom-right), unlike SDPA, which aligns the first ones.
+        cu_seqlens: for sequences of different lengths one after another, with batch 1: their cumulative lengths [0, n1,
+            n1 + n2, ..., N], or a pair of them for queries and keys. Attention stays inside each sequence and
+            `is_causal` holds in each by itself, its last query aligned with its last key. A relative `pattern` sees
+            global positions, which is the same where queries and keys have equal lengths (`foveate.patterns.Packed`).
         score: changes to the scaled logits, applied in order: `SoftCap`, `Bias`, `Temperature`, `RelativeBias`,
             `ALiBi`, `T5Bias`, or a tuple of them. Their tensors get gradients.
         sinks: (H,) one extra logit per head that takes weight but has no value.
@@ -81,6 +86,7 @@ def attention(
         v,
         pattern,
         is_causal=is_causal,
+        cu_seqlens=cu_seqlens,
         score=score,
         sinks=sinks,
         normalizer=normalizer,
@@ -100,6 +106,7 @@ def explain(
     pattern: Who = None,
     *,
     is_causal: bool = False,
+    cu_seqlens: CuSeqlens = None,
     score: Score | tuple[Score, ...] | None = None,
     sinks: Tensor | None = None,
     normalizer: Normalizer | str = "softmax",
@@ -124,6 +131,7 @@ def explain(
         v,
         pattern,
         is_causal=is_causal,
+        cu_seqlens=cu_seqlens,
         score=score,
         sinks=sinks,
         normalizer=normalizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, get_args
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from foveate.core.selectors.base import Selector
 
     Who = Pattern | BlockLayout | Selector | Tensor | Callable | None
+    CuSeqlens = Tensor | Sequence[int] | tuple[Tensor | Sequence[int], Tensor | Sequence[int]] | None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,6 +92,7 @@ def make_request(
     pattern: Who = None,
     *,
     is_causal: bool = False,
+    cu_seqlens: CuSeqlens = None,
     score: Score | tuple[Score, ...] | None = None,
     sinks: Tensor | None = None,
     normalizer: Normalizer | str = "softmax",
@@ -163,7 +165,10 @@ def make_request(
             )
         if sinks.device != q.device:
             raise ValueError(f"sinks is on {sinks.device}, q is on {q.device}")
-    who, is_causal, kind = resolve_pattern(pattern, shape, bool(is_causal))
+    if cu_seqlens is None:
+        who, is_causal, kind = resolve_pattern(pattern, shape, bool(is_causal))
+    else:
+        who, is_causal, kind = resolve_packed(cu_seqlens, pattern, shape, bool(is_causal))
     return AttentionRequest(
         q, k, v, who, is_causal, kind, scores, sinks, normalizer, float(scale), float(dropout_p), seed
     )
@@ -232,6 +237,37 @@ def resolve_pattern(
         "pattern must be a Pattern, a BlockLayout, a Selector, a torch BlockMask, a boolean tensor or a "
         f"mask_mod function f(b, h, q_idx, kv_idx); got {type(pattern).__name__}"
     )
+
+
+def resolve_packed(
+    cu_seqlens: CuSeqlens, pattern: Who, shape: tuple[int, int, int, int], is_causal: bool
+) -> tuple[Pattern | BlockLayout, bool, str]:
+    """`resolve_pattern` inside each of the sequences that lie one after another."""
+    from foveate.core.patterns import Extent, Packed
+    from foveate.core.selectors.base import Selector
+
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "cu_seqlens cannot be read under torch.compile; make foveate.patterns.Packed(cu_seqlens) outside the "
+            "compiled function and pass it as the pattern"
+        )
+    ends = cu_seqlens
+    pair = isinstance(ends, tuple) and len(ends) == 2 and not any(isinstance(x, int) for x in ends)
+    packed = Packed(*(ends if pair else (ends,)), is_causal=is_causal)  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    batch, _, n, m = shape
+    if batch != 1:
+        raise ValueError(f"cu_seqlens needs batch 1, the sequences one after another; got batch {batch}")
+    packed.check(Extent(n, m))
+    if packed.sequences == 1:
+        return resolve_pattern(pattern, shape, is_causal)  # pyright: ignore[reportReturnType]
+    who, _, kind = resolve_pattern(pattern, shape, False)
+    if isinstance(who, Selector):
+        raise ValueError(
+            f"cu_seqlens does not combine with the selector {type(who).__name__}, which would select across sequences"
+        )
+    if kind == "full":
+        return packed, False, "layout"
+    return (who & packed.layout(n, m) if isinstance(who, BlockLayout) else who & packed), False, "layout"
 
 
 def layout_of(request: AttentionRequest) -> BlockLayout:

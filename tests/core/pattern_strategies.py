@@ -112,7 +112,16 @@ def _columns(draw, n, m):
     return P.PrefixLM([draw(st.integers(0, m)), draw(st.integers(0, m))])
 
 
+def _packed(draw, n, m):
+    count = draw(st.integers(0, 3))
+    q = [0, *sorted(draw(st.lists(st.integers(0, n), min_size=count, max_size=count))), n]
+    k = [0, *sorted(draw(st.lists(st.integers(0, m), min_size=count, max_size=count))), m]
+    return P.Packed(q, q if n == m and draw(st.booleans()) else k, draw(st.booleans()))
+
+
 def _labels(draw, n, m):
+    if draw(st.sampled_from([False, False, True])):
+        return _packed(draw, n, m)
     batch = draw(st.sampled_from([(), (1,), (2,)]))
     cross = n > m or draw(st.booleans())
     if draw(st.booleans()):

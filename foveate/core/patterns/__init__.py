@@ -17,7 +17,7 @@ from foveate.core.patterns.base import (
 from foveate.core.patterns.blocks import Blocked
 from foveate.core.patterns.columns import GlobalTokens, KeyPadding, PrefixLM, Sinks
 from foveate.core.patterns.control import Random
-from foveate.core.patterns.documents import Documents, Regions, SharedQuestion
+from foveate.core.patterns.documents import Documents, Packed, Regions, SharedQuestion
 from foveate.core.patterns.grids import Axial, Grid, Windows
 from foveate.core.patterns.masks import Mask, MaskMod
 from foveate.core.patterns.neighborhood import Neighborhood
@@ -46,6 +46,7 @@ __all__ = [
     "Not",
     "Or",
     "Order",
+    "Packed",
     "Pattern",
     "PerHead",
     "PowerOfTwo",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from foveate.core.patterns.band import Causal
-from foveate.core.patterns.base import Derived, Extent, Pattern, integer, values, verdict
+from foveate.core.patterns.base import Derived, Extent, Pattern, Values, integer, values, verdict
 from foveate.core.patterns.boxes import FAR, Boxes, _shapes
 from foveate.core.patterns.columns import Sinks, counts_before
 
@@ -122,13 +122,83 @@ class Documents(Boxes):
 
 
 def _ids_of(cu_seqlens: Any) -> np.ndarray:
-    ends = values("Documents", "cu_seqlens", cu_seqlens, (1,)).array
-    lengths = np.diff(ends)
-    if len(ends) < 2 or ends[0] != 0 or (lengths < 0).any() or ends[-1] < 1:
-        raise ValueError(
-            f"Documents: cu_seqlens must rise from 0 to the number of tokens, got {ends.tolist()[:8]}"
-        )
+    lengths = np.diff(_ends("Documents", "cu_seqlens", cu_seqlens).array)
     return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _ends(owner: str, name: str, cu_seqlens: Any) -> Values:
+    held = values(owner, name, cu_seqlens, (1,))
+    ends = held.array
+    if len(ends) < 2 or ends[0] != 0 or (np.diff(ends) < 0).any() or ends[-1] < 1:
+        raise ValueError(f"{owner}: {name} must rise from 0 to the number of tokens, got {ends.tolist()[:8]}")
+    return held
+
+
+@dataclass(frozen=True, repr=False)
+class Packed(Boxes):
+    """Sequences one after another: attention stays inside each; with `is_causal` each is causal by itself.
+
+    Sequence s owns the queries cu_seqlens[s] .. cu_seqlens[s + 1] - 1 and the keys of the same numbers in
+    `cu_seqlens_k`. In each, the last query is aligned with the last key (bottom-right), as in a batch of requests that
+    each append some tokens to a cache. Sequences may be empty.
+
+    Relative patterns that are combined with it see global positions, not those inside a sequence: `SlidingWindow(512) &
+    Packed(cu)` is the window inside each sequence when queries and keys have the same lengths (one `cu_seqlens`), since
+    distances are the same then; with different ones it is not.
+
+    FlashAttention's variable-length interface (2022).
+
+    Args:
+        cu_seqlens: cumulative lengths of the queries [0, n1, n1 + n2, ...], int (sequences + 1,).
+        cu_seqlens_k: those of the keys, as many; None = the same.
+        is_causal: key position <= query position inside each sequence.
+
+    >>> Packed([0, 1, 3], is_causal=True).layout(3).to_dense()[0, 0].int().tolist()
+    [[1, 0, 0], [0, 1, 0], [0, 1, 1]]
+    >>> Packed([0, 1, 2], [0, 2, 5], is_causal=True).layout(2, 5).to_dense()[0, 0].int().tolist()
+    [[1, 1, 0, 0, 0], [0, 0, 1, 1, 1]]
+    """
+
+    cu_seqlens: Any
+    cu_seqlens_k: Any = None
+    is_causal: bool = False
+
+    def __post_init__(self) -> None:
+        held = _ends("Packed", "cu_seqlens", self.cu_seqlens)
+        object.__setattr__(self, "cu_seqlens", held)
+        if not isinstance(self.is_causal, (bool, np.bool_)):
+            raise TypeError(f"Packed: is_causal must be a bool, got {self.is_causal!r}")
+        if self.cu_seqlens_k is None:
+            return
+        held_k = _ends("Packed", "cu_seqlens_k", self.cu_seqlens_k)
+        if len(held_k.array) != len(held.array):
+            raise ValueError(
+                "Packed: cu_seqlens and cu_seqlens_k must have as many entries, one per sequence + 1; got "
+                f"{len(held.array)} and {len(held_k.array)}"
+            )
+        object.__setattr__(self, "cu_seqlens_k", None if held_k == held else held_k)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences are packed."""
+        return len(self.cu_seqlens.array) - 1
+
+    def check(self, ext):
+        for name, length in (("cu_seqlens", ext.q_len), ("cu_seqlens_k", ext.k_len)):
+            held = getattr(self, name) or self.cu_seqlens
+            if held.array[-1] != length:
+                kind = "queries" if name == "cu_seqlens" else "keys"
+                raise ValueError(f"Packed: {name} ends at {held.array[-1]}; there are {length} {kind}")
+
+    def boxes(self, ext, b):
+        q_ends = self.cu_seqlens.array
+        k_ends = q_ends if self.cu_seqlens_k is None else self.cu_seqlens_k.array
+        of = np.repeat(np.arange(self.sequences), np.diff(q_ends))  # sequence of each query
+        low, high = k_ends[of], k_ends[of + 1] - 1
+        if self.is_causal:
+            high = high - (q_ends[of + 1] - 1 - np.arange(ext.q_len))
+        none = high < low
+        return np.where(none, FAR, low)[None], np.where(none, -FAR, high)[None], np.arange(ext.k_len)[None]
 
 
 @dataclass(frozen=True, repr=False)
