@@ -116,9 +116,7 @@ def check(q, k, v, pattern, allowed, made, *, seed, factor, engine="native"):
     assert_grads_within_budget(grads, q, k, v, allowed, dout=dout, dlse=dlse, **shared)
 
 
-@settings(max_examples=250, **QUIET)
-@given(st.data())
-def test_gradients_of_pattern_expressions(data):
+def gradients_of_a_pattern(data):
     pattern, n, m, dense = data.draw(expressions(depth=2))
     batch, heads, kv_heads, dim, v_dim, dtype, seed = data.draw(shapes(pattern.heads, pattern.batch))
     order = data.draw(st.sampled_from(["bhnd", "bnhd", "slice", "last"]))
@@ -126,9 +124,7 @@ def test_gradients_of_pattern_expressions(data):
     check(q, k, v, pattern, dense, {}, seed=seed, factor=factor_of(dtype))
 
 
-@settings(max_examples=250, **QUIET)
-@given(st.data())
-def test_scores_normalisers_and_dropout(data):
+def scores_normalisers_and_dropout(data):
     n, m = data.draw(st.sampled_from(SIZES)), data.draw(st.sampled_from(SIZES))
     batch, heads, kv_heads, dim, v_dim, dtype, seed = data.draw(shapes())
     q, k, v = make(batch, heads, kv_heads, n, m, dim, v_dim, dtype, seed)
@@ -140,6 +136,32 @@ def test_scores_normalisers_and_dropout(data):
     check(q, k, v, allowed, allowed, made, seed=seed, factor=factor_of(dtype))
 
 
+@settings(max_examples=80, **QUIET)
+@given(st.data())
+def test_gradients_of_pattern_expressions(data):
+    gradients_of_a_pattern(data)
+
+
+@settings(max_examples=80, **QUIET)
+@given(st.data())
+def test_scores_normalisers_and_dropout(data):
+    scores_normalisers_and_dropout(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, **QUIET)
+@given(st.data())
+def test_more_pattern_expressions(data):
+    gradients_of_a_pattern(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, **QUIET)
+@given(st.data())
+def test_more_scores_normalisers_and_dropout(data):
+    scores_normalisers_and_dropout(data)
+
+
 @st.composite
 def requests(draw):
     n, m = (draw(st.sampled_from(SIZES)) for _ in range(2))
@@ -148,7 +170,7 @@ def requests(draw):
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
-@settings(max_examples=60, **QUIET)
+@settings(max_examples=25, **QUIET)
 @given(case=requests())
 def test_every_instruction_set(isa, case):
     if isa not in library.available():
