@@ -231,19 +231,28 @@ Tensor draw_tensor(Random& random, int dtype, std::vector<int64_t> size, const S
 }
 
 // ---------------------------------------------------------------------------------------------------------- threads
-void* run_body(void* data) {
-  auto* call = static_cast<std::pair<void (*)(void*), void*>*>(data);
-  call->first(call->second);
+struct Crew {
+  void (*body)(void*);
+  void* data;
+  pthread_barrier_t start;  // all begin at once, so that races have a chance
+};
+
+void* run_body(void* crew) {
+  auto* x = static_cast<Crew*>(crew);
+  pthread_barrier_wait(&x->start);
+  x->body(x->data);
   return nullptr;
 }
 
 void pool_threads(void (*body)(void*), void* data, unsigned threads, unsigned) {
-  std::pair<void (*)(void*), void*> call(body, data);
+  Crew crew = {body, data, {}};
+  pthread_barrier_init(&crew.start, nullptr, threads);
   std::vector<pthread_t> others(threads - 1);
   for (auto& other : others)
-    if (pthread_create(&other, nullptr, run_body, &call)) std::abort();
-  body(data);
+    if (pthread_create(&other, nullptr, run_body, &crew)) std::abort();
+  run_body(&crew);
   for (auto& other : others) pthread_join(other, nullptr);
+  pthread_barrier_destroy(&crew.start);
 }
 void pool_once(void (*body)(void*), void* data, unsigned, unsigned) { body(data); }  // a nested region has one thread
 void pool_turns(void (*body)(void*), void* data, unsigned threads, unsigned) {
@@ -378,9 +387,14 @@ void draw_sizes(Random& random, fv_args& a) {
   a.dim = dim(), a.v_dim = random.chance(0.6) ? a.dim : dim();
   int64_t groups = random.pick({1, 1, 1, 2, 3, 5});
   if (random.chance(0.12)) {  // decoding: rows are cut into parts, groups are folded
-    a.q_len = random.chance(0.6) ? 1 : random.between(1, 70);
+    a.q_len = random.chance(0.8) ? random.between(1, 5) : random.between(1, 70);
+    if (random.chance(0.7)) a.dim = 16 * random.between(1, 8), a.v_dim = random.chance(0.7) ? a.dim : 16 * random.between(1, 8);
     a.k_len = random.between(600, 4200);
     groups = random.pick({1, 2, 4, 7, 64, 65});
+  } else if (random.chance(0.15)) {  // few heads of many queries: the backward cuts them into chunks
+    a.batch = 1, a.kv_heads = random.pick({1, 1, 2}), groups = random.pick({1, 1, 2});
+    a.q_len = random.between(257, 1100), a.k_len = random.chance(0.3) ? a.q_len : random.between(1, 200);
+    a.dim = random.between(1, 20), a.v_dim = random.between(1, 20);
   }
   const double most = static_cast<double>(limits.work) * std::pow(10.0, -2.2 * random.unit());
   const auto work = [&] { return static_cast<double>(a.batch * a.kv_heads * groups * a.q_len * a.k_len * (a.dim + a.v_dim)); };
@@ -401,7 +415,7 @@ void draw_sizes(Random& random, fv_args& a) {
 void draw_threads(Random& random, fv_args& a) {
   a.threads = static_cast<int32_t>(random.between(limits.threads, 8));
   a.parallel = nullptr;
-  if (random.chance(0.3)) a.parallel = random.pick<fv_parallel>({pool_threads, pool_threads, pool_once, pool_turns});
+  if (random.chance(0.6)) a.parallel = random.pick<fv_parallel>({pool_threads, pool_threads, pool_threads, pool_once, pool_turns});
 }
 
 void draw_isa(Random& random, fv_args& a) {
@@ -426,12 +440,12 @@ Case draw_case(Random& random) {
   draw_isa(random, a);
   draw_threads(random, a);
   draw_sizes(random, a);
-  const bool plain = random.chance(0.3), softmax = a.normalizer == FV_SOFTMAX;
+  const bool few = a.q_len < 6 && random.chance(0.6), plain = few || random.chance(0.3), softmax = a.normalizer == FV_SOFTMAX;
   a.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(a.dim)));
   if (random.chance(0.2)) a.scale = random.pick({0.f, 1.f, -0.3f, 0.01f});
   if (!plain && random.chance(0.25)) a.softcap = random.pick({0.1f, 1.f, 5.f, 50.f, 1e4f});
   if (!plain && random.chance(0.25)) a.shift = static_cast<float>(2 * random.normal());
-  if (random.chance(0.25)) a.dropout = random.pick({0.1f, 0.5f, 0.9f, 1e-6f, 0.9999999f});
+  if (!few && random.chance(0.25)) a.dropout = random.pick({0.1f, 0.5f, 0.9f, 1e-6f, 0.9999999f});
   a.seed = random.next();
 
   Style input, strided, output;
@@ -466,7 +480,7 @@ Case draw_case(Random& random) {
     c.temperature = draw_tensor(random, FV_F32, {a.batch, a.heads, a.q_len}, strided);
     c.temperature.fill([&] { return random.chance(0.05) ? 0.0 : 1 + 0.5 * random.normal(); });
   }
-  if (!plain && random.chance(0.4)) {
+  if (!plain && random.chance(0.5)) {
     a.bias_dtype = random.pick({FV_F32, FV_BF16, FV_F16});
     c.bias = draw_tensor(random, a.bias_dtype, {a.batch, a.heads, a.q_len, a.k_len}, strided);
     const double masked = random.pick({0.0, 0.0, 0.1, 1.0});
@@ -477,11 +491,11 @@ Case draw_case(Random& random) {
 
   if (random.chance(0.3)) {
     const double rate = random.pick({0.3, 3.0, 20.0});
-    const auto few = [&](const Tensor& x) { spoil(random, x, rate / static_cast<double>(x.elements())); };
-    if (random.chance(0.6)) few(c.k);
-    if (random.chance(0.6)) few(c.v);
-    if (random.chance(0.3)) few(c.q);
-    if (random.chance(0.3)) few(c.dout);
+    const auto some = [&](const Tensor& x) { spoil(random, x, rate / static_cast<double>(x.elements())); };
+    if (random.chance(0.6)) some(c.k);
+    if (random.chance(0.6)) some(c.v);
+    if (random.chance(0.3)) some(c.q);
+    if (random.chance(0.3)) some(c.dout);
   }
   c.BIAS = c.bias.present() ? c.bias.dense(true) : std::vector<double>();
   if (c.bias.present() && !(c.bias.stride[0] == 0 || c.bias.stride[1] == 0 || c.bias.stride[2] == 0 || c.bias.stride[3] == 0))
@@ -514,7 +528,7 @@ Case draw_case(Random& random) {
   y.dtemperature = plan(c.temperature.present() && random.chance(0.7), FV_F32, {a.batch, a.heads, a.q_len}, packed);
   Style sums = strided;
   sums.broadcast_dims = 2;
-  y.dbias = plan(c.bias.present() && random.chance(0.6), FV_F32, {a.batch, a.heads, a.q_len, a.k_len}, sums);
+  y.dbias = plan(c.bias.present() && random.chance(0.75), FV_F32, {a.batch, a.heads, a.q_len, a.k_len}, sums);
   y.dbias_query = plan(c.bias.present() && random.chance(0.4), FV_F32, {a.batch, a.heads, a.q_len}, packed);
   y.dbias_key = plan(c.bias.present() && random.chance(0.4), FV_F32, {a.batch, a.heads, a.k_len}, packed);
   y.dtable = plan(c.table.present() && random.chance(0.7), FV_F32, {a.batch, a.heads, a.table_len}, packed);
