@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from attention_oracle import loop_attention
+from attention_oracle import logits64, loop_attention, loop_keep_mask, weights
 from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +97,59 @@ def test_equals_the_loop(
         q, k, v, mask, is_causal=causal, score=scores, sinks=sinks, scale=scale, engine="reference"
     )
     assert torch.equal(only_out, got[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.sampled_from([(1, 1, 1), (2, 1, 2), (1, 2, 3)]),
+    n=st.integers(1, 7),
+    m=st.integers(1, 9),
+    density=st.sampled_from([None, 0.0, 0.4, 0.9]),
+    names=st.lists(
+        st.sampled_from(["cap", "bias", "temperature", "line", "grid", "alibi", "t5"]), max_size=3
+    ),
+    normalizer=st.sampled_from(
+        [fv.Softmax(), fv.SoftmaxPlusOne(), fv.Sigmoid(), fv.Sigmoid(-1.5), fv.ReLU()]
+    ),
+    with_sinks=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.3]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_every_score_normaliser_and_dropout_equals_the_loop(
+    sizes, n, m, density, names, normalizer, with_sinks, dropout_p, seed
+):
+    batch, kv_heads, groups = sizes
+    heads, small = kv_heads * groups, seed % 1000
+    q, k, v = tensors(batch, heads, kv_heads, n, m, 3, 2, seed=small)
+    generator = torch.Generator().manual_seed(small)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    made = {
+        "cap": lambda: fv.SoftCap(1.5),
+        "bias": lambda: fv.Bias(draw(heads, 1, m)),
+        "temperature": lambda: fv.Temperature(draw(batch, 1, n)),
+        "line": lambda: fv.RelativeBias(draw(heads, 5)),
+        "grid": lambda: fv.RelativeBias(draw(1, 3, 2 * m - 1), shape=(1, m), order="morton"),
+        "alibi": lambda: fv.ALiBi(draw(heads)),
+        "t5": lambda: fv.T5Bias(draw(8, heads), small % 2 == 0, 6),
+    }
+    scores = tuple(made[name]() for name in names if name != "grid" or n <= m)
+    mask = None if density is None else random_mask(batch, heads, n, m, density=density, seed=small)
+    softmax = isinstance(normalizer, (fv.Softmax, fv.SoftmaxPlusOne))
+    sinks = draw(heads) if with_sinks and softmax else None
+    keep = loop_keep_mask(seed, dropout_p, batch, heads, n, m) if dropout_p else None
+    want, want_lse = loop_attention(
+        q, k, v, mask, scores=scores, sinks=sinks, normalizer=normalizer, keep=keep, dropout_p=dropout_p
+    )
+    options = {"score": scores, "sinks": sinks, "normalizer": normalizer, "return_lse": softmax}
+    got = fv.attention(q, k, v, mask, dropout_p=dropout_p, dropout_seed=seed, engine="reference", **options)
+    compare(got if softmax else [got], [want, want_lse] if softmax else [want])
+    dense, dense_lse = weights(logits64(q, k, 3**-0.5, scores), mask, sinks, normalizer)
+    if keep is not None:
+        dense = dense * keep / (1 - dropout_p)
+    compare([dense @ v.repeat_interleave(groups, 1), dense_lse], [want, want_lse])  # the other oracle
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 5), (3, 8), (8, 3), (1, 6), (6, 1)])
@@ -358,16 +411,7 @@ def test_second_order_and_forward_mode():
         torch.testing.assert_close(slope, (a - b) / (2 * h), atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "masked",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(reason="layouts are read through NumPy under functorch", strict=False),
-        ),
-    ],
-)
+@pytest.mark.parametrize("masked", [False, True])
 def test_functional_jvp(masked):
     q, k, v = tensors()
     pattern = BlockLayout.from_mask(torch.ones(5, 7, dtype=torch.bool).tril(2)) if masked else None

@@ -238,6 +238,30 @@ def test_what_is_masked_reaches_no_gradient_of_a_score(normalizer, bad):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("inside", [True, False])
+def test_traced_as_one_graph(name, inside):
+    """Also with the score made while tracing, as a module does that holds the parameter."""
+    torch._dynamo.reset()
+    make, shape = SCORES[name]
+    parameter = draw(*shape).float().requires_grad_()
+    q, k, v = (draw(2, h, t, 2, seed=h).float() for h, t in ((4, 4), (2, 6), (2, 6)))
+    outside = make(parameter)
+
+    def run(q, parameter):
+        score = make(parameter) if inside else outside
+        return fv.attention(q, k, v, score=score, normalizer="softmax_plus_one", engine="reference")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = []
+    for one in (run, compiled):
+        out = one(q, parameter)
+        results.append([out, *torch.autograd.grad(out.square().sum(), parameter)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 Q, K = torch.zeros(2, 4, 5, 8), torch.zeros(2, 2, 6, 8)
 
 

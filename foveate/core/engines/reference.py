@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.dropout import keep_mask
+from foveate.core.layout import TILE, BlockLayout
 from foveate.core.normalizers import Normalizer, ReLU, Sigmoid, Softmax, all_sinks
 from foveate.core.request import AttentionRequest
 
@@ -51,7 +52,23 @@ def _allowed(request: AttentionRequest) -> Tensor:
     if request.kind == "causal":
         rows = torch.arange(n, device=request.q.device)[:, None] + (m - n)
         return (torch.arange(m, device=request.q.device)[None, :] <= rows)[None, None]
-    return request.layout.to_dense(limit=1 << 62)
+    return _dense(request.layout)
+
+
+def _dense(layout: BlockLayout) -> Tensor:
+    """`layout.to_dense()` by torch alone: under a transform such as `torch.func.jvp` no tensor turns into an array."""
+    words = torch.cat([layout.dictionary.new_full((1, TILE), -1), layout.dictionary])
+    bits = torch.arange(TILE, device=layout.device)
+    bitmaps = (words.unsqueeze(-1) >> bits) & 1 != 0  # (n + 1, 64, 64)
+    planes, nq, nk = layout.batch * layout.heads, layout.q_tiles, layout.k_tiles
+    counts = layout.row_ptr.diff()
+    rows = torch.repeat_interleave(torch.arange(planes * nq, device=layout.device), counts)
+    tiles = torch.zeros(planes * nq * nk, TILE, TILE, dtype=torch.bool, device=layout.device)
+    tiles = tiles.index_copy(0, rows * nk + layout.tile_idx, bitmaps[layout.tile_id.long()])
+    dense = (
+        tiles.view(layout.batch, layout.heads, nq, nk, TILE, TILE).transpose(3, 4).flatten(4).flatten(2, 3)
+    )
+    return dense[:, :, : layout.q_len, : layout.k_len]
 
 
 def dense_attention(

@@ -7,6 +7,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +60,7 @@ class RelativeBias(Relative):
             object.__setattr__(self, "shape", grid_shape("RelativeBias", self.shape))
             object.__setattr__(self, "order", as_order("RelativeBias", self.order, self.shape))
             axes = len(self.shape)
-            if prod(2 * cells - 1 for cells in self.shape) > (1 << 31) - 1:
+            if prod([2 * cells - 1 for cells in self.shape]) > (1 << 31) - 1:
                 raise ValueError(
                     f"RelativeBias: a grid of shape {self.shape} has too many distances for 32 bits"
                 )
@@ -88,7 +89,7 @@ class RelativeBias(Relative):
         for axis, cells in enumerate(self.shape, 1):
             distances = torch.arange(1 - cells, cells, device=device)
             table = table.index_select(axis, _entries(distances, table.shape[axis]))
-        k_code = _cell_codes(self.order).to(device)
+        k_code = _cell_codes(self.order.name, self.order.shape, self.order.tile).to(device)
         return table.flatten(1), k_code[m - n :] + table[0].numel() // 2, k_code
 
 
@@ -98,17 +99,23 @@ def _entries(distances: Tensor, size: int) -> Tensor:
     return distances.clamp(-reach, reach) + reach
 
 
+def _cell_codes(name: str, shape: tuple[int, ...], tile: tuple[int, ...] | None) -> Tensor:
+    """int32 (cells,): differences of these and the table's middle number the distances in row-major order.
+
+    Takes the parts of an order: those `torch.compile` knows as constants even where the order was made while tracing.
+    """
+    return torch.from_numpy(_made(name, shape, tile))
+
+
 @lru_cache(maxsize=64)
-def _made(order: Any) -> Tensor:
-    code = torch.zeros(order.size, dtype=torch.int64)
-    for cells, place in zip(order.shape, torch.from_numpy(order.coordinates()), strict=True):
+def _made(name: str, shape: tuple[int, ...], tile: tuple[int, ...] | None) -> np.ndarray:
+    from foveate.core.patterns.orders import Order
+
+    order = Order(name, shape, tile)
+    code = np.zeros(order.size, np.int64)
+    for cells, place in zip(shape, order.coordinates(), strict=True):
         code = code * (2 * cells - 1) + place
-    return code.to(torch.int32)
-
-
-def _cell_codes(order: Any) -> Tensor:
-    """int32 (cells,): differences of these and the table's middle number the distances in row-major order."""
-    return _made(order)
+    return code.astype(np.int32)
 
 
 # what torch.compiler.assume_constant_result sets, without its import of the compiler, which takes over a second
