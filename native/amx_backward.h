@@ -9,16 +9,11 @@
 // to 256 queries. Sums are float32 and lie as in backward.h.
 #pragma once
 
-// What one product adds up over: 32 values of A's rows, 16 rows of B's pairs.
-struct Depth {
-  const char* a;
-  const char* b;
-};
-enum { MOST_DEPTH = 2 * BACK_ROWS > FV_MAX_DIM / 32 ? 2 * BACK_ROWS : FV_MAX_DIM / 32 };
+enum { MOST_CHUNKS = 2 * BACK_ROWS > FV_MAX_DIM / 32 ? 2 * BACK_ROWS : FV_MAX_DIM / 32 };
 
-// C[16 R][16 C] += (FRESH: =) the sum over `count` depths. Strides and offsets in bytes.
+// C[16 R][16 C] += (FRESH: =) the sum over `count` chunks of 32. Strides and offsets in bytes.
 template <bool FRESH, int R, int C>
-FV_INLINE void product_block(char* c, int64_t c_stride, const Depth* depths, int count, int64_t a, int64_t b, int64_t a_stride,
+FV_INLINE void product_block(char* c, int64_t c_stride, const Chunk* chunks, int count, int64_t a, int64_t b, int64_t a_stride,
                              int64_t b_stride) {
   char* low = c + 16 * c_stride;
   if (FRESH) {
@@ -33,7 +28,7 @@ FV_INLINE void product_block(char* c, int64_t c_stride, const Depth* depths, int
     if (R > 1 && C > 1) FV_TILE_LOAD(3, low + 64, c_stride);
   }
   for (int n = 0; n < count; ++n) {
-    const char *x = depths[n].a + a, *y = depths[n].b + b;
+    const char *x = chunks[n].a + a, *y = chunks[n].b + b;
     FV_TILE_LOAD(4, x, a_stride);
     FV_TILE_LOAD(6, y, b_stride);
     FV_TILE_DOT(0, 4, 6);
@@ -54,45 +49,16 @@ FV_INLINE void product_block(char* c, int64_t c_stride, const Depth* depths, int
 }
 
 template <bool FRESH>
-FV_INLINE void product_32(int rows, int columns, char* c, int64_t c_stride, const Depth* depths, int count, int64_t a,
+FV_INLINE void product_32(int rows, int columns, char* c, int64_t c_stride, const Chunk* chunks, int count, int64_t a,
                           int64_t b, int64_t a_stride, int64_t b_stride) {
   if (rows > 1 && columns > 1)
-    product_block<FRESH, 2, 2>(c, c_stride, depths, count, a, b, a_stride, b_stride);
+    product_block<FRESH, 2, 2>(c, c_stride, chunks, count, a, b, a_stride, b_stride);
   else if (rows > 1)
-    product_block<FRESH, 2, 1>(c, c_stride, depths, count, a, b, a_stride, b_stride);
+    product_block<FRESH, 2, 1>(c, c_stride, chunks, count, a, b, a_stride, b_stride);
   else if (columns > 1)
-    product_block<FRESH, 1, 2>(c, c_stride, depths, count, a, b, a_stride, b_stride);
+    product_block<FRESH, 1, 2>(c, c_stride, chunks, count, a, b, a_stride, b_stride);
   else
-    product_block<FRESH, 1, 1>(c, c_stride, depths, count, a, b, a_stride, b_stride);
-}
-
-// Which 16 x 16 blocks of a tile hold a pair that counts: bit v of seen[g] for keys 16 g .. and queries 16 v ...
-struct Mask {
-  Tile tile;
-  uint64_t words[T];
-  uint8_t seen[4];
-  bool masked;  // some pair of the 64 x 64 does not count
-};
-
-static void open_back_mask(const uint64_t* bitmap, int keys, Mask& x) {
-  Tile& tile = x.tile;
-  tile.keys = keys;
-  tile.by_query = bitmap;
-  tile.partial = bitmap != nullptr;
-  x.masked = tile.partial || keys < T;
-  for (int g = 0; g < 4; ++g) x.seen[g] = 15;
-  if (!x.masked) return;
-  if (tile.partial)
-    transpose_bits(bitmap, tile.by_key);
-  else
-    for (int c = 0; c < keys; ++c) tile.by_key[c] = ~(uint64_t)0;
-  for (int c = keys; c < T; ++c) tile.by_key[c] = 0;
-  for (int g = 0; g < 4; ++g) {
-    uint64_t any = 0;
-    for (int c = 16 * g; c < 16 * g + 16; ++c) any |= tile.by_key[c];
-    x.seen[g] = 0;
-    for (int v = 0; v < 4; ++v) x.seen[g] |= (uint8_t)((any >> (16 * v) & 0xffff) != 0) << v;
-  }
+    product_block<FRESH, 1, 1>(c, c_stride, chunks, count, a, b, a_stride, b_stride);
 }
 
 struct TileBlock : QueryTile {
@@ -100,7 +66,8 @@ struct TileBlock : QueryTile {
   uint32_t *q_rows, *g_rows;  // and as pairs of queries, in the order of `order_of`
   float* dq;                  // dQ^T [up(dim, 32)][64]
   bf16 *p, *ds;               // P^T, dS^T [64 keys][64 queries]
-  Mask mask;
+  Piece piece;
+  uint64_t words[T];
   bool present, broken;
 };
 
@@ -164,16 +131,16 @@ static void pack_queries_in_order(const bf16* from, int64_t stride, int queries,
 }
 
 // S^T of one tile in float32, 32 x 32 at a time; blocks in which nothing counts stay as they are.
-static void score_tiles(const bf16* rows, const uint32_t* packed, int64_t dim, const Mask& mask, float* s) {
-  Depth depths[MOST_DEPTH];
+static void score_tiles(const bf16* rows, const uint32_t* packed, int64_t dim, const Piece& piece, float* s) {
+  Chunk chunks[MOST_CHUNKS];
   const int64_t stride = up(dim, 32) * 2;
   const int count = (int)(up(dim, 32) / 32);
-  for (int n = 0; n < count; ++n) depths[n] = Depth{(const char*)rows + n * 64, (const char*)(packed + n * 16 * T)};
+  for (int n = 0; n < count; ++n) chunks[n] = Chunk{(const char*)rows + n * 64, (const char*)(packed + n * 16 * T)};
   FV_FENCE();
   for (int g = 0; g < 4; g += 2)
     for (int v = 0; v < 4; v += 2)
-      if ((mask.seen[g] | mask.seen[g + 1]) >> v & 3)
-        product_32<true>(2, 2, (char*)(s + 16 * g * T + 16 * v), T * 4, depths, count, 16 * g * stride, 64 * v, stride, T * 4);
+      if ((piece.seen[g] | piece.seen[g + 1]) >> v & 3)
+        product_32<true>(2, 2, (char*)(s + 16 * g * T + 16 * v), T * 4, chunks, count, 16 * g * stride, 64 * v, stride, T * 4);
   FV_FENCE();
 }
 
@@ -206,7 +173,7 @@ static __attribute__((noinline)) void tile_gradient_pass(const TileBlock& y, flo
     }
     for (int c = 0; c < T; c += 2) {
       Vec p[2][2], ds[2][2];
-      if (MASKED && !(y.mask.seen[c / 16] >> v & 3)) {
+      if (MASKED && !(y.piece.seen[c / 16] >> v & 3)) {
         FV_UNROLL for (int n = 0; n < 2; ++n) FV_UNROLL for (int h = 0; h < 2; ++h) p[n][h] = ds[n][h] = zero();
       } else {
         FV_UNROLL for (int n = 0; n < 2; ++n) FV_UNROLL for (int h = 0; h < 2; ++h) {
@@ -214,7 +181,7 @@ static __attribute__((noinline)) void tile_gradient_pass(const TileBlock& y, flo
           Vec x = {exp2_fine(_mm512_fmsub_ps(load(s + at).x, scale.x, lse[h].x))};
           Vec change = mul(x, sub(load(dp + at), delta[h]));
           if (MASKED) {
-            const uint64_t bits = y.mask.tile.by_key[c + n] >> ((v + h) * W);
+            const uint64_t bits = y.piece.tile.by_key[c + n] >> ((v + h) * W);
             x = select_bits(bits, x, zero());
             change = select_bits(bits, change, zero());
           }
@@ -234,7 +201,7 @@ static void round_pass(const TileBlock& y, const float* s, const float* dp, uint
       Vec p[2][2], ds[2][2];
       FV_UNROLL for (int n = 0; n < 2; ++n) FV_UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t at = (c + n) * T + (v + h) * W;
-        const bool there = c + n < y.mask.tile.keys && v + h < y.nv;
+        const bool there = c + n < y.piece.tile.keys && v + h < y.nv;
         p[n][h] = there ? load(s + at) : zero();
         ds[n][h] = there ? load(dp + at) : zero();
       }
@@ -249,9 +216,9 @@ static void add_tile_pairs(const fv_args& a, const fv_sums& sums, TileBlock& y, 
   const bf16* q = rows_of<bf16>(a.q, a.q_stride, b, h, y.i);
   const bf16* dout = rows_of<bf16>(a.dout, a.dout_stride, b, h, y.i);
   const bf16* k = rows_of<bf16>(a.k, a.k_stride, b, hkv, j);
-  for (int c = 0; c < y.mask.tile.keys; ++c)
+  for (int c = 0; c < y.piece.tile.keys; ++c)
     for (int r = 0; r < y.queries; ++r) {
-      if (!(y.mask.tile.by_key[c] >> r & 1)) continue;
+      if (!(y.piece.tile.by_key[c] >> r & 1)) continue;
       const float p = s[c * T + r], ds = dp[c * T + r];
       float *dk = sums.dk + (j * T + c) * dim, *dv = sums.dv + (j * T + c) * v_dim;
       for (int64_t d = 0; d < a.v_dim; ++d) dv[d] += p * from_bf16(dout[r * a.dout_stride[2] + d]);
@@ -267,19 +234,19 @@ static void outer_tiles(TileBlock* blocks, int count, bool changes, int64_t dim,
   const int64_t wide = up(dim, 16);
   FV_FENCE();
   for (int g = 0; g < 4; g += 2) {
-    Depth depths[MOST_DEPTH];
+    Chunk chunks[MOST_CHUNKS];
     int used = 0;
     for (int u = 0; u < count; ++u) {
       const TileBlock& y = blocks[u];
       if (!y.present || y.broken) continue;
       for (int n = 0; n < 2; ++n)
-        if ((y.mask.seen[g] | y.mask.seen[g + 1]) >> (2 * n) & 3)
-          depths[used++] = Depth{(const char*)((changes ? y.ds : y.p) + 16 * g * T + 32 * n),
+        if ((y.piece.seen[g] | y.piece.seen[g + 1]) >> (2 * n) & 3)
+          chunks[used++] = Chunk{(const char*)((changes ? y.ds : y.p) + 16 * g * T + 32 * n),
                                  (const char*)((changes ? y.q_rows : y.g_rows) + n * 16 * wide)};
     }
     if (!used) continue;
     for (int64_t d = 0; d < wide; d += 32)
-      product_32<false>(2, wide - d > 16 ? 2 : 1, (char*)(sum + 16 * g * wide + d), wide * 4, depths, used, 0, d * 4, T * 2,
+      product_32<false>(2, wide - d > 16 ? 2 : 1, (char*)(sum + 16 * g * wide + d), wide * 4, chunks, used, 0, d * 4, T * 2,
                         wide * 4);
   }
   FV_FENCE();
@@ -348,16 +315,17 @@ static void backward_tiles(const fv_args& a, const fv_prepared& ready, TileScrat
       y.present = y.at != y.end && (a.kind == FV_LAYOUT ? a.tile_idx[y.at] : y.at) == j;
       if (!y.present) continue;
       const fv_rows row(a, b, h, y.i);
-      open_back_mask(row.bitmap(y.at++, y.mask.words), keys, y.mask);
-      const Tile& tile = y.mask.tile;
+      y.piece.tile.keys = keys;
+      open_mask(row.bitmap(y.at++, y.words), y.piece);
+      const Tile& tile = y.piece.tile;
       if (tile.partial && finite < 0)
         finite = all_finite(rows_of<bf16>(a.k, a.k_stride, b, hkv, j), a.k_stride[2], keys, a.dim) &&
                  all_finite(rows_of<bf16>(a.v, a.v_stride, b, hkv, j), a.v_stride[2], keys, a.v_dim);
       y.broken = tile.partial && !(finite == 1 && y.finite);
-      score_tiles(it.k, y.q_dims, a.dim, y.mask, x.s);
-      score_tiles(it.v, y.g_dims, a.v_dim, y.mask, x.dp);
+      score_tiles(it.k, y.q_dims, a.dim, y.piece, x.s);
+      score_tiles(it.v, y.g_dims, a.v_dim, y.piece, x.dp);
       if (y.logits.plain && !y.broken) {
-        if (y.mask.masked)
+        if (y.piece.masked)
           tile_gradient_pass<true>(y, a.scale * LOG2E, x.s, x.dp, x.pairs);
         else
           tile_gradient_pass<false>(y, a.scale * LOG2E, x.s, x.dp, x.pairs);
@@ -373,11 +341,11 @@ static void backward_tiles(const fv_args& a, const fv_prepared& ready, TileScrat
         }
         round_pass(y, x.s, x.dp, x.pairs);
       }
-      const Depth depths[2] = {{(const char*)it.kt, (const char*)x.pairs}, {(const char*)(it.kt + 32), (const char*)(x.pairs + 16 * T)}};
+      const Chunk chunks[2] = {{(const char*)it.kt, (const char*)x.pairs}, {(const char*)(it.kt + 32), (const char*)(x.pairs + 16 * T)}};
       FV_FENCE();
       for (int64_t d = 0; d < dim; d += 32)
         for (int v = 0; v < 4; v += 2)
-          product_32<false>(dim - d > 16 ? 2 : 1, 2, (char*)(y.dq + d * T + 16 * v), T * 4, depths, 2, d * T * 2, 64 * v, T * 2,
+          product_32<false>(dim - d > 16 ? 2 : 1, 2, (char*)(y.dq + d * T + 16 * v), T * 4, chunks, 2, d * T * 2, 64 * v, T * 2,
                             T * 4);
       FV_FENCE();
     }

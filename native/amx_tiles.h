@@ -203,18 +203,6 @@ static void transpose_rows(const bf16* from, int64_t stride, int rows, int64_t d
     }
 }
 
-// B of a sum over rows: [32][up(dim, 16)] of pairs of rows.
-static void pack_rows(const bf16* from, int64_t stride, int rows, int64_t dim, uint32_t* to) {
-  const int64_t wide = up(dim, 16);
-  for (int r = 0; r < T; r += 2)
-    for (int64_t d = 0; d < wide; d += 16) {
-      const __m512i x = load_row(from + r * stride + d, r < rows, dim - d < 16 ? dim - d : 16);
-      const __m512i y = load_row(from + (r + 1) * stride + d, r + 1 < rows, dim - d < 16 ? dim - d : 16);
-      const __m512i lo = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), hi = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(y));
-      _mm512_storeu_si512(to + r / 2 * wide + d, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
-    }
-}
-
 // ------------------------------------------------------------------------------------------------------------ weights
 // 2^x = 2^floor(x) p(x - floor(x)): degree 4, minimax relative error 2.7e-6. -inf gives 0, NaN stays NaN.
 FV_INLINE __m512 exp2_fine(__m512 x) {

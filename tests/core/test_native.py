@@ -213,7 +213,10 @@ def test_refusals_name_the_reason():
     with pytest.raises(EngineRefusal, match="float64"):
         fv.attention(q.double(), k.double(), v.double(), engine="native")
     for score, reason in [
-        ((SoftCap(3.0), Temperature(torch.ones(10))), "Temperature, then SoftCap, then biases; got SoftCap, Temp"),
+        (
+            (SoftCap(3.0), Temperature(torch.ones(10))),
+            "Temperature, then SoftCap, then biases; got SoftCap, Temp",
+        ),
         ((Bias(torch.zeros(10, 10)), Bias(torch.zeros(10, 10))), "one Bias at a time"),
         ((ALiBi(torch.ones(2)), RelativeBias(torch.zeros(2, 5))), "one relative bias at a time"),
     ]:

@@ -46,10 +46,10 @@ def extras(draw, n, m, batch, heads, dtype):
         scores.append(SoftCap(draw(st.sampled_from([1.0, 5.0, 30.0]))))
     biases = []
     if draw(st.booleans()):
-        shape = [
-            full if draw(st.booleans()) else 1 for full in (batch, heads, n, m)
-        ]
-        tensor = random(g, *shape, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+        shape = [full if draw(st.booleans()) else 1 for full in (batch, heads, n, m)]
+        tensor = random(
+            g, *shape, dtype=draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+        )
         biases.append(Bias(tensor.requires_grad_()))
     if draw(st.booleans()):
         held = draw(st.sampled_from([1, heads]))
@@ -58,7 +58,9 @@ def extras(draw, n, m, batch, heads, dtype):
                 st.sampled_from(
                     [
                         ALiBi(torch.rand(heads, generator=g).requires_grad_()),
-                        RelativeBias(random(g, held, 2 * draw(st.sampled_from([0, 3, 200])) + 1).requires_grad_()),
+                        RelativeBias(
+                            random(g, held, 2 * draw(st.sampled_from([0, 3, 200])) + 1).requires_grad_()
+                        ),
                         T5Bias(random(g, 32, heads).requires_grad_(), bidirectional=draw(st.booleans())),
                     ]
                 )
@@ -80,7 +82,11 @@ def check(q, k, v, pattern, allowed, made, *, seed, factor, engine="native"):
     """Forward and every gradient of one request against the definition."""
     g = torch.Generator().manual_seed(seed)
     scores, sinks, normalizer = made.get("score", ()), made.get("sinks"), made.get("normalizer", Softmax())
-    leaves = {"q": q.detach().requires_grad_(), "k": k.detach().requires_grad_(), "v": v.detach().requires_grad_()}
+    leaves = {
+        "q": q.detach().requires_grad_(),
+        "k": k.detach().requires_grad_(),
+        "v": v.detach().requires_grad_(),
+    }
     if sinks is not None:
         leaves["sinks"] = sinks
     for number, score in enumerate(scores):
@@ -192,7 +198,9 @@ def test_every_instruction_set(isa, case):
         library.call_backward(dout, dlse, q, k, v, out, lse, pairs, scores, isa=isa, threads=threads)
         for _ in range(2)
     ]
-    assert all(torch.equal(getattr(runs[0], x), getattr(runs[1], x)) for x in "qkv"), "not the same bits twice"
+    assert all(torch.equal(getattr(runs[0], x), getattr(runs[1], x)) for x in "qkv"), (
+        "not the same bits twice"
+    )
     grads = {x: getattr(runs[0], x) for x in "qkv"}
     assert_grads_within_budget(grads, q, k, v, allowed, dout=dout, dlse=dlse, factor=factor_of(dtype, isa))
 
@@ -220,9 +228,7 @@ def test_masked_poison_reaches_no_gradient(isa, dtype, poison):
     assert (got.k[:, :, keys] == 0).all()
     assert (got.v[:, :, keys] == 0).all()
     grads = {x: getattr(got, x) for x in "qkv"}
-    assert_grads_within_budget(
-        grads, *clean, allowed, scale=0.2, dout=dout, factor=factor_of(dtype, isa)
-    )
+    assert_grads_within_budget(grads, *clean, allowed, scale=0.2, dout=dout, factor=factor_of(dtype, isa))
 
 
 def test_a_visible_nan_is_seen():
@@ -318,9 +324,7 @@ def test_split_rows_merge_exactly():
             pairs = where(BlockLayout.from_mask(allowed))
             for isa in library.available():
                 out, lse = library.call(q, k, v, pairs, Scores(scale=0.2), threads=8, isa=isa)
-                assert_within_budget(
-                    out, q, k, v, allowed, scale=0.2, lse=lse, factor=factor_of(dtype, isa)
-                )
+                assert_within_budget(out, q, k, v, allowed, scale=0.2, lse=lse, factor=factor_of(dtype, isa))
 
 
 def test_heads_that_share_keys_decode_together():
@@ -340,7 +344,10 @@ def test_heads_that_share_keys_decode_together():
         (Scores(dropout_p=1.0, seed=torch.tensor([1])), "dropout"),
         (Scores(normalizer=7), "normalizer"),
         (Scores(normalizer=1, sinks=torch.zeros(1)), "sinks"),
-        (Scores(table=torch.zeros(1, 5), q_code=torch.arange(10), k_code=torch.arange(10)), "outside the table"),
+        (
+            Scores(table=torch.zeros(1, 5), q_code=torch.arange(10), k_code=torch.arange(10)),
+            "outside the table",
+        ),
         (Scores(table=torch.zeros(1, 30)), "codes"),
     ],
 )

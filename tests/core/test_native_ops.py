@@ -157,7 +157,9 @@ def test_forward_mode_is_a_clear_error():
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, None, 0), (None, 2, None)])
 def test_vmap_is_a_longer_batch(in_dims):
-    tensors = [t if dim is None else torch.stack([t, t * 2, -t], dim) for t, dim in zip(make(), in_dims, strict=True)]
+    tensors = [
+        t if dim is None else torch.stack([t, t * 2, -t], dim) for t, dim in zip(make(), in_dims, strict=True)
+    ]
     run = CALLS["pattern"]
     got = torch.vmap(run, in_dims)(*tensors)
     for n in range(3):
@@ -210,7 +212,9 @@ def test_gradients_reach_every_parameter_of_the_scores():
     score = Temperature(temperature), SoftCap(4.0), RelativeBias(table), Bias(bias)
     grads = {}
     for engine in ("native", "reference"):
-        out = fv.attention(q, k, v, WINDOW, score=score, sinks=sinks, normalizer="softmax_plus_one", engine=engine)
+        out = fv.attention(
+            q, k, v, WINDOW, score=score, sinks=sinks, normalizer="softmax_plus_one", engine=engine
+        )
         grads[engine] = torch.autograd.grad(out.square().sum(), leaves)
     for got, want in zip(grads["native"], grads["reference"], strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)

@@ -34,7 +34,9 @@ def describe() -> str:
     bf16 = {"amx": "bfloat16 on AMX tiles", "avx512_bf16": "bfloat16 dot products"}.get(
         best_isa(), "bfloat16 widened to float32"
     )
-    return f"{best_isa()} on {torch.get_num_threads()} threads of {threads}; {bf16}; float16 computed in float32"
+    return (
+        f"{best_isa()} on {torch.get_num_threads()} threads of {threads}; {bf16}; float16 computed in float32"
+    )
 
 
 def why_not(request: AttentionRequest) -> str | None:
@@ -71,10 +73,13 @@ def _stage(score: object) -> int | None:
 
 
 def _why_not_scores(scores: tuple) -> str | None:
-    stages = [_stage(score) for score in scores]
     names = ", ".join(type(score).__name__ for score in scores)
-    if None in stages:
-        return f"it does not know the score {type(scores[stages.index(None)]).__name__}"
+    stages = []
+    for score in scores:
+        stage = _stage(score)
+        if stage is None:
+            return f"it does not know the score {type(score).__name__}"
+        stages.append(stage)
     if stages != sorted(stages):
         return f"it applies Temperature, then SoftCap, then biases; got {names}"
     kinds = ["relative bias" if isinstance(score, Relative) else type(score).__name__ for score in scores]
@@ -89,8 +94,7 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         q, k, v = q.float(), k.float(), v.float()
     where = Where(KINDS[request.kind])
     if request.kind == "layout":
-        *arrays, batch, heads = layout_arrays(request)
-        where = Where(KINDS["layout"], *arrays, batch, heads)
+        where = Where(KINDS["layout"], *layout_arrays(request))
     out, lse = native_ops.forward(q, k, v, where, _scores(request))
     return out.to(dtype), lse
 

@@ -329,9 +329,8 @@ def call_backward(
         rows, columns = ready.bias.shape[2] == n, ready.bias.shape[3] == m
         if rows and columns:
             dbias = torch.zeros(ready.bias.shape, dtype=torch.float32)
-            strides = dbias.stride()
             args.dbias = dbias.data_ptr()
-            args.dbias_stride = (*(s if size > 1 else 0 for s, size in zip(strides, dbias.shape[:2], strict=False)), m, 1)
+            args.dbias_stride = (*_broadcast_strides(dbias)[:2], m, 1)
         elif columns:
             dbias = empty((batch, heads, 1, m))
             args.dbias_key = dbias.data_ptr()

@@ -69,7 +69,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout, dlse):
+def _differentiate(ctx, *grads):
+    dout, dlse = grads
     q, k, v, out, lse, *saved = ctx.saved_tensors
     tensors = iter(saved)
     rest = tuple(next(tensors) if t is Tensor else t for t in ctx.rest)
