@@ -31,12 +31,12 @@ name = "native"
 def describe() -> str:
     """One line about how the engine runs here."""
     threads = "torch's OpenMP pool" if pool() else "threads of its own"
-    bf16 = {"amx": "bfloat16 on AMX tiles", "avx512_bf16": "bfloat16 dot products"}.get(
-        best_isa(), "bfloat16 widened to float32"
-    )
-    return (
-        f"{best_isa()} on {torch.get_num_threads()} threads of {threads}; {bf16}; float16 computed in float32"
-    )
+    isa = best_isa()
+    how = {
+        "amx": "float32 on AVX-512, bfloat16 on AMX tiles",
+        "avx512_bf16": "float32 on AVX-512, bfloat16 forward by its dot products, backward widened to float32",
+    }.get(isa, f"{isa}, bfloat16 widened to float32")
+    return f"{how}, float16 computed in float32; {torch.get_num_threads()} threads of {threads}"
 
 
 def why_not(request: AttentionRequest) -> str | None:
