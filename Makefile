@@ -92,7 +92,8 @@ sanitize sanitize-short: $(VENV)/.cmake
 	  $(BIN)/cmake --build $(SANITIZED)/$${kind%,*}; \
 	done
 	$(SANITIZED)/thread/fuzz --seed $(FUZZ_SEED) $(THREAD_FUZZ) & thread=$$!; \
-	  $(SANITIZED)/address/fuzz --seed $(FUZZ_SEED) $(ADDRESS_FUZZ) || { kill $$thread; exit 1; }; \
+	  trap "kill $$thread 2> /dev/null || true" EXIT; \
+	  $(SANITIZED)/address/fuzz --seed $(FUZZ_SEED) $(ADDRESS_FUZZ); \
 	  wait $$thread
 
 clean:
