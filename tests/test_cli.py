@@ -157,7 +157,7 @@ def test_defaults_of_the_options_are_those_of_the_settings():
     import inspect
 
     from foveate.bench.compare import Settings
-    from foveate.cli import compare
+    from foveate.cli.compare import compare
 
     options = {name: p.default for name, p in inspect.signature(compare).parameters.items()}
     for name, value in vars(Settings()).items():
@@ -170,7 +170,7 @@ def test_a_terminal_gets_a_bar(follower, text, tmp_path):
     from rich.console import Console
 
     from foveate.bench import compare
-    from foveate.cli import _Bar
+    from foveate.cli.compare import _Bar
 
     console = Console(force_terminal=True, width=120, record=True)
     settings = compare.Settings(

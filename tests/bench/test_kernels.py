@@ -503,7 +503,7 @@ def test_help_names_the_options_and_loads_nothing_heavy():
 def test_a_terminal_gets_a_bar(tmp_path):
     from rich.console import Console
 
-    from foveate.cli import _KernelBar
+    from foveate.cli.bench import _KernelBar
 
     console = Console(force_terminal=True, width=120, record=True)
     with _KernelBar(console) as bar:
@@ -514,7 +514,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
 def test_defaults_of_the_options_are_those_of_the_settings():
     import inspect
 
-    from foveate.cli import kernels as command
+    from foveate.cli.bench import kernels as command
 
     options = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     for name, value in vars(Settings()).items():

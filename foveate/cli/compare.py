@@ -1,0 +1,198 @@
+"""`foveate compare`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from foveate.cli.common import Nothing, fail, names, typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+def compare(
+    model: Annotated[
+        str, typer.Option(help="Directory of a local transformers causal LM, or 'reader'.")
+    ] = "reader",
+    text: Annotated[
+        str, typer.Option(help="File or directory of text, or 'stdlib' (held-out modules).")
+    ] = "stdlib",
+    lengths: Annotated[str, typer.Option(help="Sequence lengths in tokens.")] = "2048,4096",
+    mechanisms: Annotated[
+        str, typer.Option(help="What to compare; dense is always measured.")
+    ] = "dense,sliding_sinks,dilated,power,shards,flexprefill,random",
+    tasks: Annotated[str, typer.Option(help="Quality tasks: bpb, needle.")] = "bpb,needle",
+    out: Annotated[Path, typer.Option(help="Directory for results.json, report.html, tradeoff.png.")] = Path(
+        "foveate-compare"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A third of the text, one needle per depth, two timed pairs.")
+    ] = False,
+    density: Annotated[float, typer.Option(help="Share of the causal pairs every mechanism gets.")] = 0.25,
+    tokens: Annotated[int, typer.Option(help="Text tokens scored per length.")] = 24576,
+    needles: Annotated[int, typer.Option(help="Needles at each of five depths.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Timed pairs of dense and mechanism.")] = 4,
+    gate: Annotated[
+        float, typer.Option(help="Dense needle recall below which needle is not shown; 0: show all.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of needles, random blocks and intervals.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's default.")] = 0,
+) -> None:
+    """What restricting attention costs a model in quality, and saves in time and memory.
+
+    Every mechanism at every length: density, prefill seconds against dense (alternating runs), peak memory,
+    bits per byte on held-out text, recall of a hidden needle by depth. Results are saved after each; the end
+    is a table, results.json, report.html and tradeoff.png in --out.
+    """
+    from foveate.bench.errors import CompareError
+
+    try:
+        numbers = tuple(int(part) for part in names(lengths))
+    except ValueError:
+        raise fail("compare", f"--lengths {lengths}: accepted whole numbers, as in 2048,4096") from None
+
+    from rich.console import Console
+
+    console = Console()
+    with console.status("loading") if console.is_terminal else Nothing():
+        import transformers
+
+        from foveate.bench import compare as comparison
+        from foveate.bench import report
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    settings = comparison.Settings(
+        model=model,
+        text=text,
+        lengths=numbers,
+        mechanisms=names(mechanisms),
+        tasks=names(tasks),
+        density=density,
+        tokens=tokens,
+        needles=needles,
+        repeats=repeats,
+        gate=gate,
+        seed=seed,
+        dtype=dtype,
+        threads=threads,
+    )
+    settings = settings.quick() if quick else settings
+    listener = _Bar(console) if console.is_terminal else _Lines()
+    command = "foveate " + shlex.join(sys.argv[1:])
+    try:
+        with listener:
+            results = comparison.run(settings, out, resume=resume, command=command, listener=listener)
+    except CompareError as error:
+        raise fail("compare", error) from None
+    except OSError as error:
+        raise fail(
+            "compare", f"{error.filename or out}: {error.strerror or error}; finished cells are kept"
+        ) from None
+    except KeyboardInterrupt:
+        raise _stopped(out) from None
+    found = results.as_dict()
+    written = report.write(found, out)
+    table = report.table(found)
+    (console if console.is_terminal else Console(width=100)).print(table)
+    for line in found["gates"]:
+        typer.echo(comparison.describe_gate(line))
+    for path in [results.path, *written]:
+        typer.echo(str(path))
+    if out / "tradeoff.png" not in written:
+        typer.echo("no tradeoff.png: it needs matplotlib (pip install 'foveate[viz]')")
+
+
+def _stopped(out: Path) -> typer.Exit:
+    typer.echo(f"foveate compare: stopped; finished cells are in {out}, continue with --resume", err=True)
+    return typer.Exit(130)
+
+
+class _Lines:
+    """Progress as plain lines: one per finished cell."""
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, cells: int, done: int) -> None:
+        if done:
+            self.say(f"{done} of {cells} cells are there already")
+
+    def step(self, mechanism: str, length: int, what: str, share: float) -> None: ...
+
+    def cell(self, cell: dict[str, Any], number: int, cells: int) -> None:
+        self.say(f"[{number}/{cells}] {_summary(cell)}")
+
+    def say(self, line: str) -> None:
+        typer.echo(line)
+
+
+class _Bar:
+    """Progress as a bar on a terminal, with a line above it for each finished cell."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.console = console
+        self.bar: Progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=4,  # drawing must not disturb what is timed
+        )
+        self.task: TaskID | None = None
+        self.done = 0
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        self.task = self.bar.add_task("loading the model, fitting densities", total=None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def start(self, cells: int, done: int) -> None:
+        assert self.task is not None
+        self.done = done
+        self.bar.update(self.task, total=cells, completed=done)
+        if done:
+            self.say(f"{done} of {cells} cells are there already")
+
+    def step(self, mechanism: str, length: int, what: str, share: float) -> None:
+        assert self.task is not None
+        self.bar.update(
+            self.task, completed=self.done + share, description=f"{mechanism} at {length}: {what}"
+        )
+
+    def cell(self, cell: dict[str, Any], number: int, cells: int) -> None:
+        assert self.task is not None
+        self.done = number
+        self.bar.update(self.task, completed=number)
+        self.say(f"[{number}/{cells}] {_summary(cell)}")
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _summary(cell: dict[str, Any]) -> str:
+    from foveate.bench import report
+
+    parts = [
+        f"{cell['mechanism']} at {cell['length']}: density {cell['density']:.1%}",
+        f"prefill {report.seconds(cell['prefill']['seconds'])} ({cell['prefill']['speedup']:.2f}x)",
+    ]
+    if cell["bpb"]:
+        change = f" ({report.lost(cell['bpb'], plain=True)})" if cell["bpb"]["difference"] else ""
+        parts.append(f"{cell['bpb']['value']:.3f} bits/byte{change}")
+    if cell["needle"]:
+        parts.append(f"needle {cell['needle']['hits']}/{cell['needle']['n']}")
+    return ", ".join(parts) + f"  [{report.seconds(cell['seconds'])}]"
