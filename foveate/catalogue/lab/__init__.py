@@ -1,6 +1,7 @@
 """A small laboratory for evidence: what an experiment needs beyond the mechanism.
 
-An experiment is a function `run(lab: Lab) -> Finding` in a module of `foveate.catalogue.experiments`, 20 to 60 lines. Seeds, progress,
+An experiment is a function `run(lab: Lab) -> Finding` in a module of `foveate.catalogue.experiments`, 20 to 60 lines.
+Seeds, progress,
 the quick form and what survives an interruption come from the `Lab`; tasks, models, timing and intervals from here.
 """
 
