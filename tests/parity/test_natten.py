@@ -1,4 +1,4 @@
-"""`Neighborhood` against the mask of NATTEN, the papers' own code (`pip install natten`); skipped where it is missing."""
+"""`Neighborhood` against the mask of NATTEN, the papers' own code; skipped where natten is not installed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,11 @@ def test_masks_are_equal():
         shape, window, stride, dilation, causal = setting
         ours = Neighborhood(shape, window, stride, dilation, causal).layout(math.prod(shape)).to_dense()[0, 0]
         assert torch.equal(ours, official(*setting)), setting
-        seen |= {("even", any(k % 2 == 0 for k in window)), ("causal", any(causal)), ("stride", max(stride) > 1)}
+        seen |= {
+            ("even", any(k % 2 == 0 for k in window)),
+            ("causal", any(causal)),
+            ("stride", max(stride) > 1),
+        }
         seen |= {("dilated", max(dilation) > 1), ("all", ours.all().item())}
         seen |= {("ragged", any(n % d for n, d in zip(shape, dilation, strict=True)))}
     assert len(seen) == 12  # every kind of setting was drawn, and its opposite
