@@ -38,10 +38,10 @@ def run(lab: Lab) -> Finding:
     its density? (Kernels only; context parallelism is not built.)"""
     n = lab.pick(4096, 1024)
     names = lab.pick(NAMES, NAMES[::5])
-    passes = [
-        [lab.once(f"{name}-{turn}", lambda name=name: one(name, n, lab.pick(5, 3))) for name in lab.track(names, f"pass {turn + 1}")]
-        for turn in range(len(lab.seeds))
-    ]  # fmt: skip
+    rounds, passes = lab.pick(5, 3), []
+    for turn in range(len(lab.seeds)):
+        listed = lab.track(names, f"pass {turn + 1}")
+        passes.append([lab.once(f"{name}-{turn}", lambda name=name: one(name, n, rounds)) for name in listed])
     sparse = [1 / row["density"] for row in passes[0]]
     speed = [[row["sdpa_mask"] / row["native"] for row in rows] for rows in passes]
     times = [[row["native"] for row in rows] for rows in passes]
