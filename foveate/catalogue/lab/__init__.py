@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from foveate.catalogue.lab.finding import Finding, bars, lines, series
 from foveate.catalogue.lab.lab import Lab, Stopped
-from foveate.catalogue.lab.stats import difference, interval, judge, proportion, slope
+from foveate.catalogue.lab.stats import all_of, difference, interval, judge, proportion, slope, spearman
 from foveate.catalogue.lab.timing import Times, paired_times
 from foveate.catalogue.record import FAILS, HOLDS, OPEN, Figure
 
@@ -22,6 +22,7 @@ __all__ = [
     "Lab",
     "Stopped",
     "Times",
+    "all_of",
     "bars",
     "difference",
     "interval",
@@ -31,4 +32,5 @@ __all__ = [
     "proportion",
     "series",
     "slope",
+    "spearman",
 ]

@@ -84,3 +84,36 @@ def judge(figure: Figure, above: float) -> str:
     low = figure.value if figure.low is None else figure.low
     high = figure.value if figure.high is None else figure.high
     return HOLDS if low > above else FAILS if high < above else OPEN
+
+
+def all_of(*verdicts: str) -> str:
+    """One verdict from several conditions that must all be met: any `FAILS` fails, else any `OPEN` leaves it open.
+
+    >>> all_of(HOLDS, OPEN), all_of(OPEN, FAILS, HOLDS), all_of(HOLDS, HOLDS)
+    ('not reproduced at this scale', 'does not hold', 'holds')
+    """
+    if not verdicts:
+        raise ValueError("all_of: no verdicts; accepted: at least one")
+    return next((v for v in (FAILS, OPEN) if v in verdicts), HOLDS)
+
+
+def spearman(name: str, x: Sequence[float], y: Sequence[float]) -> Figure:
+    """Spearman's rank correlation of pairs; equal values share the mean of their ranks. No interval.
+
+    >>> spearman("rank", [1, 2, 3, 4], [1, 8, 27, 64]).value, round(spearman("rank", [1, 1, 2], [1, 2, 3]).value, 3)
+    (1.0, 0.866)
+    """
+    if len(x) != len(y) or min(len(set(x)), len(set(y))) < 2:
+        raise ValueError(
+            f"spearman({name!r}): {len(x)} and {len(y)} values; accepted: pairs, not all values equal"
+        )
+    u, v = _ranks(x), _ranks(y)
+    middle = (len(x) - 1) / 2
+    products = [math.fsum((a - middle) * (b - middle) for a, b in zip(*pair, strict=True))
+                for pair in ((u, v), (u, u), (v, v))]  # fmt: skip
+    return Figure(name, products[0] / math.sqrt(products[1] * products[2]), n=len(x))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """0 for the smallest; equal values get the mean of their ranks."""
+    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
