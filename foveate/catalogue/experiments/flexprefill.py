@@ -66,18 +66,23 @@ def ask(policy: Any, asked: Sequence[Question]) -> dict[str, Any]:
 
 def controls(share: float, asked: Sequence[Question]) -> dict[str, Any]:
     """Policies with at least (random: on average) this share of the causal pairs."""
+    n = len(asked[0].ids)
     enough = next(b for b in count(1) if ask(fixed(b), asked[:2])["share"] >= share)
     return {
-        "window + sinks": equal_window(share, TOKENS) | Sinks(16),
+        "window + sinks": equal_window(share, n) | Sinks(16),
         "fixed vertical-slash": fixed(enough),
-        "random blocks": equal_random(share, TOKENS, block=BLOCK, heads=reader().shape.heads),
+        "random blocks": equal_random(share, n, block=BLOCK, heads=reader().shape.heads),
     }
 
 
 def needles(lab: Lab) -> dict[str, list[dict[str, Any]]]:
     """Arm -> what `ask` found at each gamma."""
     text = load_text("stdlib")
-    asked = [q for s in lab.seeds for q in questions(reader(), text, TOKENS, DEPTHS, lab.pick(2, 1), s)]
+    asked = [
+        q
+        for s in lab.seeds
+        for q in questions(reader(), text, lab.pick(TOKENS, 512), DEPTHS, lab.pick(2, 1), s)
+    ]
     asked = asked[: lab.pick(len(asked), 2)]
     found: dict[str, list[dict[str, Any]]] = {"dense": [ask("dense", asked)]}
     for gamma in lab.track(lab.pick(GAMMAS, GAMMAS[:1]), "needles"):
@@ -90,7 +95,7 @@ def needles(lab: Lab) -> dict[str, list[dict[str, Any]]]:
 
 def prefills(lab: Lab) -> list[dict[str, Any]]:
     """Speed of the whole prefill against dense, for FlexPrefill and for a window of as many pairs."""
-    n = lab.pick(4096, TOKENS)
+    n = lab.pick(4096, 1024)
     ids = torch.tensor(list(load_text("stdlib").data[:n]))
 
     def prefill(policy: Any) -> float:
@@ -132,7 +137,7 @@ def run(lab: Lab) -> Finding:
         verdict=verdict,
         summary=f"Needles found with {shares[OURS][0]:.0%} to {shares[OURS][-1]:.0%} of the pairs: "
         + ", ".join(f"{name} {figure.value:.3g}" for name, figure in recall.items())
-        + f"; prefill of {lab.pick(4096, TOKENS):,} bytes {times[0]} as fast as dense.",
+        + f"; prefill of {lab.pick(4096, 1024):,} bytes {times[0]} as fast as dense.",
         figures=(
             *recall.values(),
             *gains,
