@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import foveate as fv
 from foveate.core import patterns as P
 from foveate.core.layout import TILE
 from foveate.core.patterns.base import CACHE, LayoutCache
@@ -206,6 +207,18 @@ def test_power_layout_is_logarithmic():
     assert torch.equal(full, dense(P.Causal(), 70)[0, 0])
 
 
+@pytest.mark.parametrize("n", [131, 500])
+def test_power_attention_is_attention_under_its_rule(n):
+    """Lengths that are no multiple of the block; the rule is written again, element by element."""
+    q, k, v = (torch.randn(1, 2, n, 16, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    e = torch.arange(n)[:, None] // 24 - torch.arange(n) // 24
+    seen = torch.tensor([[int(x) >= 0 and (power_of_two(int(x)) or 0 <= x < 4) for x in row] for row in e])
+    seen = (seen | (torch.arange(n) < 24)) & torch.ones(n, n, dtype=torch.bool).tril()
+    want = (q @ k.mT / 4).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    got = fv.attention(q, k, v, P.power_attention(24, window_blocks=4, sink_blocks=1))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
 # ---------------------------------------------------------------------------------------- S2-Attention
 def shard_rule(h, c, local, v, step):
     return lambda i, j, q: j <= i and (i // c - j // c < local or (j // c + h * step + 1) % v == 0)
@@ -259,6 +272,23 @@ def test_shards_kv_keep_is_what_later_queries_read(head):
         kept = set(pattern.kv_keep(head, length).tolist())
         needed = set(future[length:, :length].any(0).nonzero().flatten().tolist())
         assert needed == kept
+
+
+def test_shards_decode_from_a_cache_that_frees_keys():
+    """Step by step, a head holding only `kv_keep` and the new key gives what the whole pattern gives."""
+    pattern, n = P.Shards(4, 2, 4), 75
+    q, k, v = (torch.randn(1, 4, n, 8, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    whole = fv.attention(q, k, v, pattern, engine="reference")
+    for head in range(4):
+        held = torch.empty(0, dtype=torch.int64)
+        for step in range(n):
+            kept = pattern.kv_keep(head, step)
+            assert set(kept.tolist()) <= set(held.tolist())  # what was freed is never asked for again
+            held = torch.cat([kept, torch.tensor([step])])
+            row, keys, values = (t[:, head, at] for t, at in ((q, [step]), (k, held), (v, held)))
+            out = (row @ keys.mT / 8**0.5).softmax(-1) @ values
+            torch.testing.assert_close(out[0, 0], whole[0, head, step], atol=1e-5, rtol=0)
+        assert len(held) <= 2 * 4 + -(-n // 16) * 4  # the band and the shard
 
 
 # --------------------------------------------------------------------------------------------- Random

@@ -7,7 +7,7 @@ the quick form and what survives an interruption come from the `Lab`; tasks, mod
 
 from __future__ import annotations
 
-from foveate.catalogue.lab.finding import Finding, bars, lines, series
+from foveate.catalogue.lab.finding import Finding, banded, bars, lines, series
 from foveate.catalogue.lab.lab import Lab, Stopped
 from foveate.catalogue.lab.stats import all_of, difference, interval, judge, proportion, slope, spearman
 from foveate.catalogue.lab.timing import Times, paired_times
@@ -23,6 +23,7 @@ __all__ = [
     "Stopped",
     "Times",
     "all_of",
+    "banded",
     "bars",
     "difference",
     "interval",

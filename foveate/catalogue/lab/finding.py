@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from foveate.catalogue.lab.stats import interval
 from foveate.catalogue.record import VERDICTS, Figure
 
 
@@ -67,6 +68,25 @@ def series(
     as_list = lambda v: None if v is None else [float(a) for a in v]  # noqa: E731
     return {"label": label, "x": as_list(x), "y": as_list(y), "low": as_list(low), "high": as_list(high),
             "reference": reference}  # fmt: skip
+
+
+def banded(
+    label: str,
+    x: Sequence[float],
+    runs: Sequence[Sequence[float]],
+    *,
+    most: float = math.inf,
+    reference: bool = False,
+) -> dict[str, Any]:
+    """The mean of repeated runs (a list of y for each seed) as a `series`, with its 95 % band within [0, most].
+
+    >>> banded("found", [1, 2], [[0.5, 1.0], [0.7, 1.0]], most=1.0)["high"]
+    [1.0, 1.0]
+    """
+    figures = [interval(label, values) for values in zip(*runs, strict=True)]
+    low = [f.value if f.low is None else max(0.0, f.low) for f in figures]
+    high = [f.value if f.high is None else min(most, f.high) for f in figures]
+    return series(label, x, [f.value for f in figures], low, high, reference)
 
 
 def lines(

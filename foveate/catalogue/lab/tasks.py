@@ -62,6 +62,31 @@ def passkey(
     return ids, targets
 
 
+def reminders(batch: int, length: int, vocab: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Training rows of `passkey`: the marked symbol stands anywhere and is asked for at many later places.
+
+    In each row every place after the symbol asks with the same probability, drawn from [0, 1); the last one always
+    does. So one row teaches many distances, and in rows that ask seldom only filler lies between.
+
+    >>> ids, targets = reminders(2, 9, 12, generator(0))
+    >>> ((targets != IGNORE) == (ids == 2)).all().item(), (targets[:, -1] >= 3).all().item()
+    (True, True)
+    """
+    symbols = max(2, vocab // 4)
+    if length < 3 or vocab < 4 + symbols:
+        raise ValueError(
+            f"reminders: {length} tokens of {vocab} kinds; accepted: at least 3 tokens of 6 kinds"
+        )
+    ids = 3 + symbols + torch.randint(vocab - 3 - symbols, (batch, length), generator=g)
+    row, at = torch.arange(batch), torch.randint(1, length - 1, (batch,), generator=g)
+    answer = 3 + torch.randint(symbols, (batch,), generator=g)
+    ids[row, at], ids[row, at - 1] = answer, 1
+    asked = torch.rand(batch, length, generator=g) < torch.rand(batch, 1, generator=g)
+    asked[:, -1] = True
+    asked &= torch.arange(length) > at[:, None]
+    return ids.masked_fill(asked, 2), torch.where(asked, answer[:, None], IGNORE)
+
+
 def structured_qkv(
     n: int,
     heads: int,

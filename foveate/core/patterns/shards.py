@@ -25,7 +25,8 @@ class Shards(Pattern):
     in a head's shard does not depend on the query, so a key that left the band and is not in the shard is
     never needed again (`kv_keep`). "Efficient LLM Training and Serving with Heterogeneous Context Sharding
     among Attention Heads" (2024). Differs from the paper: heads must together cover every block unless told
-    otherwise.
+    otherwise. This is the numbering of Phi-3-small; the released kernels count without the + 1 (head 0 keeps
+    block 0), which is `offsets=[-1, 0, 1, ...]`.
 
     Args:
         block: positions per block.
