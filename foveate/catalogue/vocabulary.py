@@ -193,14 +193,14 @@ CHECKS: dict[str, dict[str, str]] = {
         "engines_gradients": _GRADIENTS,
         "flex_engine": _FLEX,
         "strides": _STRIDES,
-        "prefix_causality": "under a causal mask later tokens do not change earlier results",
+        "prefix_causality": f"under a causal mask {_PREFIX}",
     },
     "normalizer": {
         "engines_forward": _FORWARD,
         "engines_gradients": _GRADIENTS,
         "flex_engine": _FLEX,
         "strides": _STRIDES,
-        "prefix_causality": "under a causal mask later tokens do not change earlier results",
+        "prefix_causality": f"under a causal mask {_PREFIX}",
     },
     "operator": {
         "shape_and_dtype": "the result has the shape and dtype of the queries (and the width of the values), finite",

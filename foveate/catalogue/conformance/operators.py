@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from foveate.catalogue.conformance.budget import LAMBDA, UNIT
 from foveate.catalogue.conformance.oracle import logits64, weights
@@ -99,7 +100,7 @@ def gradients(s: Subject) -> None:
     demand(out.requires_grad, "the result carries no gradient")
     try:
         torch.autograd.gradcheck(lambda *a: _run(op, *a), leaves, fast_mode=True)
-    except torch.autograd.gradcheck.GradcheckError as error:
+    except GradcheckError as error:
         raise AssertionError(
             f"gradients on {inputs[0].shape[2]} tokens are not those of the function: {error}"
         ) from None

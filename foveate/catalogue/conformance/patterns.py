@@ -146,7 +146,8 @@ def flex_engine(s: Subject) -> None:
 
 def unseen_rows(s: Subject) -> None:
     pattern, n = _pattern(s), s.check.tokens
-    shown = torch.arange(n)[:, None] % 5 != 2
+    rows = torch.arange(n)[:, None]
+    shown = (rows >= TILE + 5) if n > 2 * TILE else rows % 5 != 2  # a whole tile of rows, part of one, none
     part = pattern & Mask(shown)
     allowed = truth(pattern, n, n) & shown
     inputs = s.qkv(n, **room(s, pattern))
@@ -161,6 +162,7 @@ def masked_nan(s: Subject) -> None:
     clean_rows = ~(spoilt & (rows % 2 == 0))  # even rows see no spoilt key, odd ones may
     q, k, v = s.qkv(n, **room(s, pattern))
     k[:, :, spoilt], v[:, :, spoilt] = float("nan"), float("inf")
+    engines.forward(q, k, v, pattern, truth(pattern, n, n))
     engines.forward(q, k, v, pattern & Mask(clean_rows), truth(pattern, n, n) & clean_rows)
     nowhere = (~spoilt)[None, :]
     engines.gradients(q, k, v, pattern & Mask(nowhere), truth(pattern, n, n) & nowhere)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foveate.catalogue.conformance import engines
 from foveate.catalogue.conformance.patterns import strided, whole
-from foveate.catalogue.conformance.subject import CUTS, Subject, demand, places
+from foveate.catalogue.conformance.subject import CUTS, Subject, demand, places, refused, same
 from foveate.core.patterns import Causal, SlidingWindow
 
 WINDOW = SlidingWindow(before=11, after=4)
@@ -64,6 +64,13 @@ def prefix_causality(s: Subject) -> None:
             f"under a causal mask, tokens from {p} on change what comes before, at (batch, head, query) "
             f"{places(wrong)}",
         )
+    q, k, v = s.qkv(n, dtype=torch.float64)
+    full = engines.attend(q, k, v, None, is_causal=True, **options)
+    for p in (cut for cut in CUTS if cut < n):
+        first = q[:, :, :p], k[:, :, :p], v[:, :, :p]
+        out, _ = refused(lambda first=first: engines.attend(*first, None, is_causal=True, **options))
+        if out is not None:
+            same(f"under a causal mask, the first {p} of {n} tokens alone", out, full[:, :, :p])
 
 
 CHECKS = {f.__name__: f for f in (engines_forward, engines_gradients, flex_engine, strides, prefix_causality)}

@@ -144,7 +144,8 @@ def same(what: str, got: Tensor, want: Tensor, tolerance: float = 1e-9) -> None:
     if want.numel() == 0:
         return
     scale = max(float(torch.nan_to_num(want.detach()).abs().max()), 1e-30)
-    error = (got.detach() - want.detach()).abs()
+    got, want = got.detach(), want.detach()
+    error = (got - want).abs()
     wrong = ~(error <= tolerance * scale)  # NaN is wrong
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
