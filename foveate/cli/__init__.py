@@ -10,6 +10,7 @@ from typing import Annotated
 from foveate.cli.bench import bench
 from foveate.cli.common import typer
 from foveate.cli.compare import compare
+from foveate.cli.gallery import gallery
 
 app = typer.Typer(
     name="foveate",
@@ -45,3 +46,4 @@ def _root(
 
 app.command()(compare)
 app.add_typer(bench)
+app.add_typer(gallery)
