@@ -162,8 +162,8 @@ def scatter(
 ) -> Markup:
     """Mechanisms as points with their intervals. ``flip`` puts small y on top, so up is better for a loss.
 
-    ``percent`` and ``x_percent``: that axis holds shares, from 0 to 1 at least. ``names``: names beside the panel, which leaves
-    them ``room``. Points with an address are links.
+    ``percent`` and ``x_percent``: that axis holds shares, from 0 to 1 at least. ``names``: names beside the
+    panel, which leaves them ``room``. Points with an address are links.
     """
     if x_percent:
         xs = ticks(0.0, max([1.0, *(p.x for p in points)]))

@@ -1,4 +1,4 @@
-"""Cost formulas of entries: as LaTeX, as a small program that a page runs, and evaluated on an example."""
+"""Cost formulas of entries: as LaTeX, and evaluated on an example."""
 
 from __future__ import annotations
 
@@ -36,13 +36,12 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Formula:
-    """One formula of a cost. `program` is its reverse Polish form, for the page."""
+    """One formula of a cost, the field it stands in, and its symbols."""
 
     title: str
     field: str
     text: str
     latex: str
-    program: tuple[str | float, ...]
     symbols: tuple[str, ...]
 
 
@@ -63,7 +62,7 @@ def formulas(cost: Cost) -> list[Formula]:
             names = sorted(
                 {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(FUNCTIONS)
             )
-            found.append(Formula(title, name, text, latex(text), tuple(_program(tree)), tuple(names)))
+            found.append(Formula(title, name, text, latex(text), tuple(names)))
     return found
 
 
@@ -168,23 +167,3 @@ def _latex(node: ast.expr) -> tuple[str, int]:
 def _within(node: ast.expr, at_least: int) -> str:
     text, binding = _latex(node)
     return text if binding >= at_least else f"({text})"
-
-
-# ------------------------------------------------------------------------------------------ program
-_SIGNS = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Pow: "**"}
-
-
-def _program(node: ast.expr) -> list[str | float]:
-    """Numbers, symbols, and operators after what they work on; a call is its name and how many arguments."""
-    if isinstance(node, ast.Constant):
-        assert isinstance(node.value, int | float)
-        return [node.value]
-    if isinstance(node, ast.Name):
-        return [node.id]
-    if isinstance(node, ast.UnaryOp):
-        return [0, *_program(node.operand), "-"]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        inner = [step for argument in node.args for step in _program(argument)]
-        return [*inner, f"{node.func.id}/{len(node.args)}"]
-    assert isinstance(node, ast.BinOp)
-    return [*_program(node.left), *_program(node.right), _SIGNS[type(node.op)]]

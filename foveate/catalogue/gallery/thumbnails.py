@@ -64,7 +64,10 @@ def _runs(rows: Sequence[Sequence[bool]]) -> str:
 
 
 def _reduced(picture: Mapping[str, Any]) -> list[list[int]]:
-    """A map in `LEVELS` steps, -1 for almost nothing; the largest of the cells that fall together."""
+    """A map in `LEVELS` steps of the square root of its weights, -1 for almost nothing.
+
+    Where cells fall together, the largest counts.
+    """
     n, m = picture["shape"]
     data = base64.b64decode(picture["levels"])
     step = max(1, -(-max(n, m) // SIDE))
@@ -73,6 +76,6 @@ def _reduced(picture: Mapping[str, Any]) -> list[list[int]]:
         row = []
         for x in range(0, m, step):
             top = max(data[i * m + j] for i in range(y, min(y + step, n)) for j in range(x, min(x + step, m)))
-            row.append(-1 if top < 8 else min(LEVELS - 1, top * LEVELS // 256))
+            row.append(-1 if top < 4 else min(LEVELS - 1, int(LEVELS * (top / 256) ** 0.5)))
         made.append(row)
     return made

@@ -129,7 +129,7 @@
   };
 
   panels.textContent = "";
-  var matrix = new Panel(pairs ? "queries ↓ keys →" : picture.rows + " ↓ " + picture.columns + " →", true);
+  var matrix = new Panel(pairs ? "queries ↓ keys →" : picture.rows + " ↓ " + picture.columns + " →, shade: square root of the weight", true);
   var plane = pairs && picture.grid ? new Panel("the keys of one query on the " + picture.grid.join(" × ") + " grid", false) : null;
   figure.classList.add("live");
   if (plane) figure.classList.add("two");
@@ -143,7 +143,7 @@
         if (mine) return v ? [mark, 1] : [ground, 0.12];
         return v ? [ink, query === null ? 0.9 : 0.4] : [ground, 0.05];
       }
-      return v ? [ink, Math.max(0.04, v)] : [ground, 0.04];
+      return v ? [ink, Math.sqrt(v)] : [ground, 0.04];
     }, query === null ? [] : [pairs ? {row: query, column: 0, rows: 1, columns: c.columns, style: mark} :
       {row: query, column: spot, rows: 1, columns: 1, style: mark}]);
     if (plane) {

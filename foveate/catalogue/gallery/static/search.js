@@ -3,7 +3,7 @@
   "use strict";
   var FIELDS = {name: 6, title: 5, aliases: 5, idea: 3, phrases: 3, contribution: 2, tags: 2, claim: 1, mechanism: 0.6};
   var SYNONYM = 0.35; // weight of a word that was not typed
-  var WEAK = 0.12; // results below this share of the best one are left out
+  var WEAK = 0.06; // results below this share of the best one are left out
   var SILENT = new Set(("a an and are as at by do does for from how i in into is it its of on or that the their them to " +
     "what when where which who with").split(" "));
 
