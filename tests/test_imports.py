@@ -30,6 +30,7 @@ OPTIONAL = (
     "tqdm",
     "pylatexenc",
     "latex2mathml",
+    "pygments",
     "playwright",
 )
 

@@ -1,4 +1,4 @@
-"""The command line: the catalogue (`list`, `search`, `show`, `reproduce`), `compare` and `bench`.
+"""The command line: the catalogue (`list`, `search`, `show`, `reproduce`, `gallery`), `compare` and `bench`.
 
 Heavy imports wait until a command runs, so that `--help`, `list`, `search` and `show` are quick.
 """
@@ -9,6 +9,7 @@ from foveate.cli.bench import bench
 from foveate.cli.catalogue import list_papers, reproduce, search, show_paper
 from foveate.cli.common import click
 from foveate.cli.compare import compare
+from foveate.cli.gallery import gallery
 
 
 def _version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -34,7 +35,7 @@ def app() -> None:
     """Every published attention mechanism, defined once and executed by a few fast engines."""
 
 
-for command in (list_papers, search, show_paper, reproduce, compare, bench):
+for command in (list_papers, search, show_paper, reproduce, gallery, compare, bench):
     app.add_command(command)
 
 
