@@ -33,7 +33,7 @@ def by_key(entries):
 
 # ---------------------------------------------------------------------------------------------- the schema
 def test_every_paper_is_there():
-    assert len(CATALOGUE) == 169
+    assert len(CATALOGUE) >= 169
     assert [entry.key for entry in ALL] == sorted(entry.key for entry in ALL)
     assert {CATALOGUE.status(entry.key) for entry in ALL} <= set(words.STATUSES)
 
