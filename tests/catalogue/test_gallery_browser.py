@@ -103,7 +103,7 @@ def test_search_finds(visit, catalogue):
         ("windows that move", {"vsa", "swin", "dito_shifted_window_learning"}),
         ("flexprefil", {"flexprefill"}),  # a letter is missing
         (catalogue["titans"].title, {"titans"}),
-        ("NATTEN", {"fused_neighborhood_attention"}),
+        ("NATTEN", {"fused_neighborhood_attention", "generalized_neighborhood_attention"}),
     ):
         tab.fill("#q", text)
         assert shown(tab)[0] in keys, text

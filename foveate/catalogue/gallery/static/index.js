@@ -187,7 +187,7 @@
         button.type = "button";
         button.className = "pill";
         button.textContent = facet + ": " + value + (facet === "tag" ? ", " + data.tags[value] : "");
-        button.setAttribute("aria-label", "Remove the filter " + facet + " " + value);
+        button.setAttribute("aria-label", button.textContent + ", remove this filter");
         button.addEventListener("click", function () { toggle(facet, value, false); box.focus(); });
         item.appendChild(button);
         list.appendChild(item);

@@ -16,8 +16,12 @@
 
   function frame() {
     return picture.frames.find(function (f) {
-      return picture.controls.every(function (c, i) { return f.setting[c.name] === c.values[chosen[i]]; });
+      return picture.controls.every(function (c, i) { return same(f.setting[c.name], c.values[chosen[i]]); });
     });
+  }
+
+  function same(a, b) { // values may be lists
+    return JSON.stringify(a) === JSON.stringify(b);
   }
 
   function bytes(text) {
@@ -148,10 +152,10 @@
       {row: query, column: spot, rows: 1, columns: 1, style: mark}]);
     if (plane) {
       var h = picture.grid[0], w = picture.grid[1], at = query === null ? middle() : query;
-      var same = c.rows === h * w;
+      var square = c.rows === h * w;
       plane.paint(h, w, function (i, j) {
         return c.at(at, i * w + j) ? [mark, 0.95] : [ground, 0.08];
-      }, same ? [{row: Math.floor(at / w), column: at % w, rows: 1, columns: 1, style: ground}] : []);
+      }, square ? [{row: Math.floor(at / w), column: at % w, rows: 1, columns: 1, style: ground}] : []);
       plane.canvas.setAttribute("aria-label", "The keys of query " + at + " on the grid: " + keysOf(at).length + " of " + c.columns);
       plane.name.textContent = "the keys of query " + at + " on the " + h + " × " + w + " grid";
     }
