@@ -11,13 +11,17 @@
   var query = null, spot = null; // what is looked at: a query; in a map, also a column
 
   /* ---------------------------------------------------------------- frames */
-  var chosen = (picture.controls || []).map(function (c) { return Math.floor((c.values.length - 1) / 2); });
+  var chosen = (picture.controls || []).map(function (c) { return numeric(c) ? Math.floor((c.values.length - 1) / 2) : 0; });
   var unpacked = new Map();
 
   function frame() {
     return picture.frames.find(function (f) {
       return picture.controls.every(function (c, i) { return same(f.setting[c.name], c.values[chosen[i]]); });
     });
+  }
+
+  function numeric(control) {
+    return control.values.every(function (v) { return typeof v === "number"; });
   }
 
   function same(a, b) { // values may be lists
@@ -218,7 +222,7 @@
     label.htmlFor = id;
     name.textContent = control.name;
     label.appendChild(name);
-    if (control.values.every(function (v) { return typeof v === "number"; })) {
+    if (numeric(control)) {
       field = document.createElement("input");
       field.type = "range";
       field.min = 0;
