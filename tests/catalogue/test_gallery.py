@@ -14,8 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from gallery_sample import a_record, band, implemented, sample, weights
 from click.testing import CliRunner
+from gallery_sample import a_record, band, implemented, sample, weights
 
 from foveate.catalogue import gallery, load, record, vocabulary
 from foveate.catalogue.entry import Cost, Relation
