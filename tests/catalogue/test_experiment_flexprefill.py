@@ -9,9 +9,10 @@ from foveate.catalogue.experiments.flexprefill import drawn, fixed
 
 def test_the_fixed_budget_is_the_same_for_every_head_and_input():
     shares = []
-    for seed in range(2):
-        g = torch.Generator().manual_seed(seed)
-        q, k = torch.randn(1, 4, 640, 16, generator=g) * 9, torch.randn(1, 2, 640, 16, generator=g)
+    for queries in (640, 1):  # spread attention; and all queries on one key, which needs a single column
+        g = torch.Generator().manual_seed(queries)
+        q, k = torch.randn(1, 4, queries, 16, generator=g) * 90, torch.randn(1, 2, 640, 16, generator=g)
+        q = q.expand(1, 4, 640, 16)
         layout, info = fixed(3).select(q, k)
         assert not info["query_aware"].any()
         blocks = layout.to_dense()[0].unflatten(2, (10, 64)).unflatten(1, (10, 64)).any(-1).any(2)
