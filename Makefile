@@ -1,11 +1,13 @@
-# `make demo` and `make test` are all the set-up there is: they need Python >= 3.10, pip, make and a C++ compiler.
+# `make gallery`, `make demo` and `make test` are all the set-up there is: they need Python >= 3.10, pip, make and a C++ compiler.
 #
 #   make demo        install into .venv and run `foveate compare` with its defaults; results in out/demo
 #                    (continues a run that was interrupted)
+#   make gallery     write the gallery of all mechanisms into out/gallery
 #   make test        install with the development tools and run the fast tests
 #   make test-slow   the longer checks
 #   make lint        ruff (rules and format) and pyright
 #   make bench       the benchmarks; results and plots into benchmarks/results (continues where it stopped)
+#   make evidence    run every experiment of the catalogue whose code changed since its record, and keep what it finds
 #   make sanitize    2,000 random requests to the C++ engine under the address and undefined-behaviour sanitizers, and as
 #                    many under the thread sanitizer; FUZZ_SEED=<n> draws others
 #   make sanitize-short  some hundreds of them, in less than three minutes
@@ -17,7 +19,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint bench sanitize sanitize-short clean
+.PHONY: help demo gallery test test-slow lint bench evidence sanitize sanitize-short clean
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -57,6 +59,9 @@ demo: $(VENV)/.cli
 	unfinished=$$(grep -qs '"complete": false' out/demo/results.json && echo --resume || true); \
 	  $(BIN)/foveate compare --out out/demo $$unfinished
 
+gallery: $(VENV)/.cli
+	$(BIN)/foveate gallery build --out out/gallery
+
 test: $(VENV)/.dev
 	$(PYTEST) -m "not slow"
 
@@ -71,6 +76,9 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.cli
 	$(BIN)/python benchmarks/cpu_forward.py
 	$(BIN)/foveate bench kernels --preset targets --resume --out benchmarks/results
+
+evidence: $(VENV)/.cli
+	$(BIN)/foveate reproduce --all --resume --out foveate/catalogue/evidence
 
 # The native engine's C ABI under sanitizers: native/fuzz.cpp draws requests and compares with the definition. Its threads
 # are the engine's own, because OpenMP's run-time library is not instrumented.

@@ -23,13 +23,14 @@ FACADES = {"patterns": 0.5, "selectors": 0.5}  # foveate/patterns.py re-exports 
 OPTIONAL = (
     "transformers",
     "matplotlib",
-    "typer",
+    "click",
     "rich",
     "jinja2",
     "psutil",
     "tqdm",
     "pylatexenc",
     "latex2mathml",
+    "pygments",
     "playwright",
 )
 
@@ -107,7 +108,7 @@ def test_core_needs_torch_and_numpy_only(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_optional_packages_are_imported_where_they_are_used(path):
     """Only the room that is made of a package imports it at once, and says which extra is missing."""
-    own = {"hf": ("transformers",), "cli": ("typer",)}.get(path.relative_to(ROOT).parts[0], ())
+    own = {"hf": ("transformers",), "cli": ("click",)}.get(path.relative_to(ROOT).parts[0], ())
     for line, name, at_import in imports(path):
         base = name.split(".")[0]
         if base in OPTIONAL and at_import and base not in own:
@@ -141,7 +142,7 @@ def test_it_works_without_optional_packages():
 import torch
 import foveate as fv
 for module in list(sys.modules):
-    assert module.split(".")[0] not in ("transformers", "matplotlib", "typer", "rich", "jinja2")
+    assert module.split(".")[0] not in ("transformers", "matplotlib", "click", "rich", "jinja2")
 q = torch.randn(1, 2, 300, 16)
 k = v = torch.randn(1, 1, 300, 16)
 pattern = fv.patterns.Causal() & (fv.patterns.SlidingWindow(40) | fv.patterns.Sinks(4))

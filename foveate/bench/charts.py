@@ -11,7 +11,10 @@ from markupsafe import Markup, escape
 
 @dataclass(frozen=True)
 class Point:
-    """One mechanism in a scatter: place, interval on y (or None), colour, and whether it is the control."""
+    """One mechanism in a scatter: place, interval on y (or None), colour, and whether it is the control (hollow).
+
+    href: a page the point leads to. key: a name for scripts, in the attribute `data-key`.
+    """
 
     label: str
     x: float
@@ -21,6 +24,8 @@ class Point:
     colour: str
     control: bool = False
     note: str = ""
+    href: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,9 @@ class _Frame:
             out.append(f'<text class="name" x="{edge + 19}" y="{place + 4:.1f}">{escape(label)}</text>')
         return out
 
-    def svg(self, parts: list[str], title: str) -> Markup:
+    def svg(self, parts: list[str], title: str, role: str = "img") -> Markup:
         return Markup(
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(title)}">'
+            f'<svg viewBox="0 0 {self.width} {self.height}" role="{role}" aria-label="{escape(title)}">'
             + "".join(parts)
             + "</svg>"
         )
@@ -148,21 +153,40 @@ def scatter(
     x_title: str,
     y_title: str,
     percent: bool = False,
+    x_percent: bool = False,
     flip: bool = False,
+    names: bool = True,
+    room: int = 118,
     width: int = 520,
     height: int = 320,
 ) -> Markup:
-    """Mechanisms as points with their intervals. ``flip`` puts small y on top, so up is better for a loss."""
-    xs = ticks(min([1.0, *(p.x for p in points)]), max([1.0, *(p.x for p in points)]) * 1.02)
+    """Mechanisms as points with their intervals. ``flip`` puts small y on top, so up is better for a loss.
+
+    ``percent`` and ``x_percent``: that axis holds shares, from 0 to 1 at least. ``names``: names beside the
+    panel, which leaves them ``room``. Points with an address are links.
+    """
+    if x_percent:
+        xs = ticks(0.0, max([1.0, *(p.x for p in points)]))
+    else:
+        xs = ticks(min([1.0, *(p.x for p in points)]), max([1.0, *(p.x for p in points)]) * 1.02)
     lows = [p.y if p.low is None else p.low for p in points]
     highs = [p.y if p.high is None else p.high for p in points]
-    ys = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0] if percent else ticks(min([0.0, *lows]), max([0.0, *highs]) or 0.01)
+    if percent:
+        ys = ticks(0.0, max([1.0, *highs]))
+    else:
+        ys = ticks(min([0.0, *lows]), max([0.0, *highs]) or 0.01)
     if len(xs) < 2:
         xs = [0.0, 1.0, 2.0]
     frame = _Frame(width, height, xs, ys, flip)
+    frame.right = room
     parts = frame.axes(
-        x_title, y_title, lambda v: f"{number(v)}×", (lambda v: f"{v:.0%}") if percent else number
+        x_title,
+        y_title,
+        (lambda v: f"{v:.0%}") if x_percent else (lambda v: f"{number(v)}×"),
+        (lambda v: f"{v:.0%}") if percent else number,
     )
+    if names:
+        parts += frame.labels([(p.label, frame.x(p.x), frame.y(p.y), p.colour) for p in points])
     for p in sorted(points, key=lambda p: not p.control):
         x, y = frame.x(p.x), frame.y(p.y)
         c = escape(p.colour)
@@ -172,12 +196,15 @@ def scatter(
                 f'stroke="{c}" stroke-width="1.5" opacity=".55"/>'
             )
         fill, edge = ("var(--page)", c) if p.control else (c, "var(--page)")
-        parts.append(
+        dot = (
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6.5" fill="{fill}" stroke="{edge}" stroke-width="1.8">'
             f"<title>{escape(p.note or p.label)}</title></circle>"
         )
-    parts += frame.labels([(p.label, frame.x(p.x), frame.y(p.y), p.colour) for p in points])
-    return frame.svg(parts, title)
+        if p.href:
+            key = f' data-key="{escape(p.key)}"' if p.key else ""
+            dot = f'<a href="{escape(p.href)}" aria-label="{escape(p.note or p.label)}"{key}>{dot}</a>'
+        parts.append(dot)
+    return frame.svg(parts, title, "group" if any(p.href for p in points) else "img")
 
 
 def lines(

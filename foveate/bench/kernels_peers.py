@@ -301,8 +301,6 @@ def _natten(task: Task) -> Ready:
 def _natten_refuses(cell: Cell, device: str) -> str | None:
     if cell.mask not in ("neighborhood_2d", "neighborhood_3d"):
         return "natten runs neighbourhoods only"
-    if any(size % 2 == 0 for size in neighborhood_grid(cell.mask, cell.length)[1]):
-        return "natten's even windows are not centred as ours"
     return None
 
 

@@ -122,9 +122,11 @@ def _value(node: ast.expr, values: Mapping[str, float]) -> Any:
 class Check:
     """One object that the common suite builds and checks: `make(**arguments)`, used as the interface `use`.
 
-    Args of the file: make (dotted path), use (a key of `vocabulary.INTERFACES`), arguments, tokens (queries; a prime
-    by default), heads and head_dim of the inputs, tags (default: the entry's), limits: [{arguments, equals}] with
-    equals "full" or "causal", for arguments under which the mechanism must coincide with dense attention.
+    Args of the file: make (dotted path), use (a key of `vocabulary.INTERFACES`), arguments (see
+    `foveate.catalogue.conformance.subject` for lists and tensors), tokens (queries; a prime by default), heads and
+    head_dim of the inputs, tags (default: the entry's), limits: [{arguments, equals}] with equals "full" or "causal",
+    for arguments, in addition to those of the check, under which the mechanism must coincide with dense attention;
+    symbols: values for `cost.parameters`, which must then equal the number of parameters.
     """
 
     make: str
@@ -135,6 +137,7 @@ class Check:
     head_dim: int = 16
     tags: tuple[str, ...] | None = None
     limits: tuple[Mapping[str, Any], ...] = ()
+    symbols: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -305,6 +308,8 @@ def _record(kind: type, name: str, value: Any, refuse) -> Any:
             v = _strings(f"{name}.{inner}", v, refuse)
         elif inner == "limits":
             v = tuple(_list(f"{name}.{inner}", v, refuse))
+        elif inner in ("arguments", "symbols", "where") and not isinstance(v, dict):
+            refuse(f"{name}.{inner}", f"must be a table, got {type(v).__name__}")
         made[inner] = v
     required = [
         f.name
@@ -337,6 +342,9 @@ def _check_words(entry: Entry, refuse) -> None:
         refuse("date", f"got {entry.date!r}; accepted: YYYY-MM-DD or YYYY-MM")
     if len(entry.name) > 40:
         refuse("name", f"has {len(entry.name)} characters; accepted: at most 40")
+    wide = [line for line in entry.snippet.splitlines() if len(line) > 78]
+    if wide:
+        refuse("snippet", f"line {wide[0]!r} has {len(wide[0])} columns; accepted: at most 78")
     if len(entry.idea) > 200:
         refuse("idea", f"has {len(entry.idea)} characters; accepted: one sentence of at most 200")
     for name in ("code", "paper"):
@@ -383,9 +391,33 @@ def _check_implementation(entry: Entry, refuse) -> None:
                 "checks",
                 f"tags {sorted(set(check.tags) - set(words.TAGS))}; accepted: those of the vocabulary",
             )
+        for name in ("tokens", "heads", "head_dim"):
+            if getattr(check, name) < 1:
+                refuse("checks", f"{name} = {getattr(check, name)}; accepted: at least 1")
         for limit in check.limits:
-            if set(limit) != {"arguments", "equals"} or limit["equals"] not in ("full", "causal"):
+            if (
+                not isinstance(limit, dict)
+                or set(limit) != {"arguments", "equals"}
+                or not isinstance(limit["arguments"], dict)
+                or limit["equals"] not in ("full", "causal")
+            ):
                 refuse("checks", f"limits {limit}; accepted: arguments, and equals = 'full' or 'causal'")
+        if check.limits and "limits" not in words.CHECKS[check.use]:
+            may = ", ".join(use for use, names in words.CHECKS.items() if "limits" in names)
+            refuse("checks", f"limits of a {check.use}; accepted: limits of {may}")
+        if check.symbols and "parameter_count" not in words.CHECKS[check.use]:
+            refuse("checks", f"symbols of a {check.use}; accepted: symbols of layer, gate")
+        for symbol, number in check.symbols.items():
+            known = [*SYMBOLS, *entry.cost.where]
+            if symbol not in known or type(number) not in (int, float):
+                refuse("checks", f"symbols: {symbol} = {number!r}; accepted: numbers for {', '.join(known)}")
+        if check.symbols:
+            if not entry.cost.parameters:
+                refuse("checks", "symbols are given, but there is no cost.parameters to evaluate")
+            try:
+                entry.cost.evaluate("parameters", **check.symbols)
+            except (ValueError, ZeroDivisionError) as error:
+                refuse("checks", f"symbols: {error}")
     if entry.implementation:
         for name in IMPLEMENTED_NEEDS:
             if not getattr(entry, name):

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from foveate.bench.results import write_atomic
+from foveate.catalogue import pictures
+from foveate.catalogue.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,16 +31,20 @@ def figure(plot: Mapping[str, Any]) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing evidence needs matplotlib: pip install 'foveate[viz]'") from error
+    made = Figure(figsize=(6.4, 3.6), layout="constrained")
+    draw(made.subplots(), plot)
+    return made
+
+
+def draw(axes: Axes, plot: Mapping[str, Any]) -> None:
+    """Draw a plot specification on given matplotlib axes."""
     drawers = {"lines": _lines, "bars": _bars}
     if plot["kind"] not in drawers:
         raise ValueError(f"plot: kind {plot['kind']!r}; accepted: {', '.join(drawers)}")
-    made = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = made.subplots()
     drawers[plot["kind"]](axes, plot)
     axes.set_title(plot["title"], fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    return made
 
 
 def _lines(axes: Axes, plot: Mapping[str, Any]) -> None:
@@ -99,3 +109,38 @@ def png(plot: Mapping[str, Any]) -> bytes:
     out = io.BytesIO()
     figure(plot).savefig(out, format="png", dpi=110)
     return out.getvalue()
+
+
+def page_png(record: Record, path: Path) -> None:
+    """The picture of a record and its plot, side by side, as a PNG file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing evidence needs matplotlib: pip install 'foveate[viz]'") from error
+    parts = [part for part in (record.picture, record.plot) if part is not None]
+    made = Figure(figsize=(5.6 * len(parts), 4.2), layout="constrained")
+    for axes, part in zip(made.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        if part is record.picture:
+            _picture(axes, part)
+        else:
+            draw(axes, part)
+    out = io.BytesIO()
+    made.savefig(out, format="png", dpi=110)
+    write_atomic(path, out.getvalue())
+
+
+def _picture(axes: Axes, picture: Mapping[str, Any]) -> None:
+    import base64
+
+    import numpy as np
+
+    if picture["kind"] == "pairs":
+        frame = picture["frames"][0]
+        matrix = np.array(pictures.unpack(frame))
+        title, across, down = frame["code"], "key", "query"
+    else:
+        matrix = np.frombuffer(base64.b64decode(picture["levels"]), np.uint8).reshape(picture["shape"])
+        title, across, down = picture["code"], picture["columns"], picture["rows"]
+    axes.imshow(matrix, cmap="Blues", vmin=0, interpolation="nearest")
+    axes.set(xlabel=across, ylabel=down)
+    axes.set_title(textwrap.fill(title, 60), fontsize=8)

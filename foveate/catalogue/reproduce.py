@@ -70,7 +70,7 @@ def run_all(
     """Run experiments into a directory; an outcome each, as they end.
 
     Args:
-        quick: the short form, which checks that an experiment runs.
+        quick: the short form, which checks that an experiment runs. It never replaces the record of a full run.
         resume: keep fresh records of the same form, and continue interrupted experiments after their last step.
         device: torch device.
         listen: entry -> a `lab.Listener`.
@@ -80,6 +80,13 @@ def run_all(
         old = _kept(out, entry.key, quick) if resume else None
         if old is not None:
             yield Outcome(entry.key, old, kept=True)
+            continue
+        if quick and _has_full(out, entry.key):
+            yield Outcome(
+                entry.key,
+                None,
+                f"{out} holds its full record, which a quick run would replace; accepted: another directory",
+            )
             continue
         folder = out / PARTIAL / f"{entry.key}{'.quick' if quick else ''}"
         if not resume and folder.exists():
@@ -114,12 +121,20 @@ def _kept(out: Path, key: str, quick: bool) -> Record | None:
     return record if record.quick == quick and record.fresh() else None
 
 
+def _has_full(out: Path, key: str) -> bool:
+    path = path_of(out, key)
+    try:
+        return path.exists() and not read(path).quick
+    except RecordError:
+        return False
+
+
 def run(entry: Entry, lab: Lab) -> Record:
     """Run one experiment, seeded, and make its record. The digests are taken before it runs."""
     import numpy as np
     import torch
 
-    from foveate.bench.machine import environment
+    from foveate.bench.machine import commit, environment
 
     paths = (*entry.implementation, entry.evidence, *((entry.picture,) if entry.picture else ()))
     used = sources(paths)
@@ -138,7 +153,11 @@ def run(entry: Entry, lab: Lab) -> Record:
         quick=lab.quick,
         seeds=lab.seeds,
         seconds=round(seconds, 1),
-        environment={"device": _device(lab.device), **environment()},
+        environment={
+            "device": _device(lab.device),
+            **environment(),
+            "commit": commit(apart_from="foveate/catalogue/evidence"),
+        },
         sources=used,
         picture=picture,
         **{f.name: getattr(found, f.name) for f in dataclasses.fields(found)},
@@ -154,10 +173,12 @@ def _device(device: str) -> str:
 
 
 def _draw(record: Record, out: Path) -> None:
-    """The plot beside the record, as SVG for pages and PNG to look at; nothing without matplotlib."""
+    """The plot beside the record, as SVG; nothing without a plot or without matplotlib, not even an earlier one."""
+    path = out / f"{record.key}.svg"
+    path.unlink(missing_ok=True)
     if record.plot is None:
         return
     try:
-        write_atomic(out / f"{record.key}.svg", plots.svg(record.plot))
+        write_atomic(path, plots.svg(record.plot))
     except ImportError:
         return

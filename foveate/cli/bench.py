@@ -3,58 +3,95 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from foveate.cli.common import Nothing, fail, names, typer
+from foveate.cli.common import Nothing, click, fail, names
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-bench = typer.Typer(
-    name="bench",
-    help="Benchmarks.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
 
-
-@bench.callback()
-def _bench() -> None:
+@click.group()
+def bench() -> None:
     """Benchmarks of this library beside its peers."""
 
 
 @bench.command()
+@click.option("--preset", default="", help="targets or linear: a fixed plan; its targets are judged.")
+@click.option("--masks", default="", help="Mask names; empty: all but decode.")
+@click.option(
+    "--lengths", default="1024,2048,4096,8192,16384,32768", show_default=True, help="Sequence lengths."
+)
+@click.option("--dims", default="64,128", show_default=True, help="Head dims.")
+@click.option("--dtypes", default="float32,bfloat16", show_default=True, help="float32, bfloat16, float16.")
+@click.option(
+    "--directions", default="fwd,fwd_bwd", show_default=True, help="fwd, and fwd_bwd: forward and backward."
+)
+@click.option("--engines", default="", help="Who takes part; empty: all that are installed.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Batch size.")
+@click.option("--heads", type=int, default=8, show_default=True, help="Query heads.")
+@click.option(
+    "--kv-heads",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Key and value heads; 0: as many as query heads.",
+)
+@click.option(
+    "--rounds", type=int, default=7, show_default=True, help="Rounds in which everyone is timed once."
+)
+@click.option(
+    "--budget",
+    type=float,
+    default=60.0,
+    show_default=True,
+    help="Seconds for the rounds of a case (three are always made).",
+)
+@click.option(
+    "--call-seconds",
+    type=float,
+    default=20.0,
+    show_default=True,
+    help="Whose call takes longer is timed once, and no more at greater lengths.",
+)
+@click.option(
+    "--mask-gib",
+    type=float,
+    default=8.0,
+    show_default=True,
+    help="Peers whose mask needs more memory are skipped.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto.")
+@click.option("--threads", type=int, default=0, show_default=True, help="Torch threads; 0: torch's default.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="foveate-bench",
+    show_default=True,
+    help="Directory for the CSV and the plots.",
+)
+@click.option("--resume", is_flag=True, help="Keep what is in the file, measure the rest.")
+@click.option("--quick", is_flag=True, help="Five masks, N = 1024 and 2048, float32, three rounds.")
 def kernels(
-    preset: Annotated[
-        str, typer.Option(help="targets or linear: a fixed plan; its targets are judged.")
-    ] = "",
-    masks: Annotated[str, typer.Option(help="Mask names; empty: all but decode.")] = "",
-    lengths: Annotated[str, typer.Option(help="Sequence lengths.")] = "1024,2048,4096,8192,16384,32768",
-    dims: Annotated[str, typer.Option(help="Head dims.")] = "64,128",
-    dtypes: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32,bfloat16",
-    directions: Annotated[str, typer.Option(help="fwd, and fwd_bwd: forward and backward.")] = "fwd,fwd_bwd",
-    engines: Annotated[str, typer.Option(help="Who takes part; empty: all that are installed.")] = "",
-    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 8,
-    kv_heads: Annotated[int, typer.Option(help="Key and value heads; 0: as many as query heads.")] = 0,
-    rounds: Annotated[int, typer.Option(help="Rounds in which everyone is timed once.")] = 7,
-    budget: Annotated[
-        float, typer.Option(help="Seconds for the rounds of a case (three are always made).")
-    ] = 60.0,
-    call_seconds: Annotated[
-        float, typer.Option(help="Whose call takes longer is timed once, and no more at greater lengths.")
-    ] = 20.0,
-    mask_gib: Annotated[float, typer.Option(help="Peers whose mask needs more memory are skipped.")] = 8.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's default.")] = 0,
-    out: Annotated[Path, typer.Option(help="Directory for the CSV and the plots.")] = Path("foveate-bench"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what is in the file, measure the rest.")
-    ] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Five masks, N = 1024 and 2048, float32, three rounds.")
-    ] = False,
+    preset: str,
+    masks: str,
+    lengths: str,
+    dims: str,
+    dtypes: str,
+    directions: str,
+    engines: str,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    rounds: int,
+    budget: float,
+    call_seconds: float,
+    mask_gib: float,
+    device: str,
+    threads: int,
+    out: Path,
+    resume: bool,
+    quick: bool,
 ) -> None:
     """Attention engines side by side: time, FLOP/s, share of the matrix-product rate and of the block bound, memory.
 
@@ -106,27 +143,27 @@ def kernels(
     except OSError as error:
         raise fail("bench kernels", f"{error.filename or out}: {error.strerror or error}") from None
     except KeyboardInterrupt:
-        typer.echo(
+        click.echo(
             f"foveate bench kernels: stopped; finished cases are in {out}, continue with --resume", err=True
         )
-        raise typer.Exit(130) from None
+        raise click.exceptions.Exit(130) from None
     rows = list(table.rows.values())
     wide = console if console.is_terminal else Console(width=150)
     wide.print(benchmark.results_table(rows))
     found = benchmark.judged(preset, rows) if preset else None
     if found is not None:
         wide.print(benchmark.targets_table(found))
-    typer.echo(str(table.path))
+    click.echo(str(table.path))
     try:
         for path in kernels_plot.plot(rows, table.path, found):
-            typer.echo(str(path))
+            click.echo(str(path))
     except ImportError as error:
-        typer.echo(str(error))
+        click.echo(str(error))
     failed = benchmark.failures(rows)
     for line in failed:
-        typer.echo(f"foveate bench kernels: {line}", err=True)
+        click.echo(f"foveate bench kernels: {line}", err=True)
     if failed:
-        raise typer.Exit(1)
+        raise click.exceptions.Exit(1)
 
 
 class _KernelLines:
@@ -149,7 +186,7 @@ class _KernelLines:
         self.say(f"[{number}/{cells}] {benchmark.summary(rows)}")
 
     def say(self, line: str) -> None:
-        typer.echo(line)
+        click.echo(line)
 
 
 class _KernelBar(_KernelLines):

@@ -5,43 +5,83 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from foveate.cli.common import Nothing, fail, names, typer
+from foveate.cli.common import Interrupted, Nothing, click, fail, names
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
+@click.command()
+@click.option(
+    "--model",
+    default="reader",
+    show_default=True,
+    help="Directory of a local transformers causal LM, or 'reader'.",
+)
+@click.option(
+    "--text",
+    default="stdlib",
+    show_default=True,
+    help="File or directory of text, or 'stdlib' (held-out modules).",
+)
+@click.option("--lengths", default="2048,4096", show_default=True, help="Sequence lengths in tokens.")
+@click.option(
+    "--mechanisms",
+    default="dense,sliding_sinks,dilated,power,shards,flexprefill,random",
+    show_default=True,
+    help="What to compare; dense is always measured.",
+)
+@click.option("--tasks", default="bpb,needle", show_default=True, help="Quality tasks: bpb, needle.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default="foveate-compare",
+    show_default=True,
+    help="Directory for results.json, report.html, tradeoff.png.",
+)
+@click.option("--resume", is_flag=True, help="Continue the unfinished run in --out.")
+@click.option("--quick", is_flag=True, help="A third of the text, one needle per depth, two timed pairs.")
+@click.option(
+    "--density",
+    type=float,
+    default=0.25,
+    show_default=True,
+    help="Share of the causal pairs every mechanism gets.",
+)
+@click.option("--tokens", type=int, default=24576, show_default=True, help="Text tokens scored per length.")
+@click.option("--needles", type=int, default=3, show_default=True, help="Needles at each of five depths.")
+@click.option("--repeats", type=int, default=4, show_default=True, help="Timed pairs of dense and mechanism.")
+@click.option(
+    "--gate",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Dense needle recall below which needle is not shown; 0: show all.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of needles, random blocks and intervals."
+)
+@click.option("--dtype", default="float32", show_default=True, help="float32 or bfloat16.")
+@click.option("--threads", type=int, default=0, show_default=True, help="Torch threads; 0: torch's default.")
 def compare(
-    model: Annotated[
-        str, typer.Option(help="Directory of a local transformers causal LM, or 'reader'.")
-    ] = "reader",
-    text: Annotated[
-        str, typer.Option(help="File or directory of text, or 'stdlib' (held-out modules).")
-    ] = "stdlib",
-    lengths: Annotated[str, typer.Option(help="Sequence lengths in tokens.")] = "2048,4096",
-    mechanisms: Annotated[
-        str, typer.Option(help="What to compare; dense is always measured.")
-    ] = "dense,sliding_sinks,dilated,power,shards,flexprefill,random",
-    tasks: Annotated[str, typer.Option(help="Quality tasks: bpb, needle.")] = "bpb,needle",
-    out: Annotated[Path, typer.Option(help="Directory for results.json, report.html, tradeoff.png.")] = Path(
-        "foveate-compare"
-    ),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A third of the text, one needle per depth, two timed pairs.")
-    ] = False,
-    density: Annotated[float, typer.Option(help="Share of the causal pairs every mechanism gets.")] = 0.25,
-    tokens: Annotated[int, typer.Option(help="Text tokens scored per length.")] = 24576,
-    needles: Annotated[int, typer.Option(help="Needles at each of five depths.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Timed pairs of dense and mechanism.")] = 4,
-    gate: Annotated[
-        float, typer.Option(help="Dense needle recall below which needle is not shown; 0: show all.")
-    ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed of needles, random blocks and intervals.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's default.")] = 0,
+    model: str,
+    text: str,
+    lengths: str,
+    mechanisms: str,
+    tasks: str,
+    out: Path,
+    resume: bool,
+    quick: bool,
+    density: float,
+    tokens: int,
+    needles: int,
+    repeats: int,
+    gate: float,
+    seed: int,
+    dtype: str,
+    threads: int,
 ) -> None:
     """What restricting attention costs a model in quality, and saves in time and memory.
 
@@ -101,16 +141,15 @@ def compare(
     table = report.table(found)
     (console if console.is_terminal else Console(width=100)).print(table)
     for line in found["gates"]:
-        typer.echo(comparison.describe_gate(line))
+        click.echo(comparison.describe_gate(line))
     for path in [results.path, *written]:
-        typer.echo(str(path))
+        click.echo(str(path))
     if out / "tradeoff.png" not in written:
-        typer.echo("no tradeoff.png: it needs matplotlib (pip install 'foveate[viz]')")
+        click.echo("no tradeoff.png: it needs matplotlib (pip install 'foveate[viz]')")
 
 
-def _stopped(out: Path) -> typer.Exit:
-    typer.echo(f"foveate compare: stopped; finished cells are in {out}, continue with --resume", err=True)
-    return typer.Exit(130)
+def _stopped(out: Path) -> Interrupted:
+    return Interrupted(f"foveate compare: stopped; finished cells are in {out}, continue with --resume")
 
 
 class _Lines:
@@ -131,7 +170,7 @@ class _Lines:
         self.say(f"[{number}/{cells}] {_summary(cell)}")
 
     def say(self, line: str) -> None:
-        typer.echo(line)
+        click.echo(line)
 
 
 class _Bar:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from foveate.bench import kernels, kernels_peers, kernels_table
 from foveate.bench.errors import CompareError

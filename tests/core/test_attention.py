@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from attention_oracle import logits64, loop_attention, loop_keep_mask, weights
-from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 from torch.nn.attention.flex_attention import create_block_mask
 
 import foveate as fv
+from foveate.catalogue.conformance.budget import assert_within_budget
+from foveate.catalogue.conformance.oracle import logits64, loop_attention, loop_keep_mask, weights
 from foveate.core import engines
 from foveate.core.engines import reference
 from foveate.core.layout import BlockLayout

@@ -7,12 +7,17 @@ import math
 
 import pytest
 import torch
-from attention_oracle import change, loop_attention, weights
-from budget import _gradients, _growth, assert_grads_within_budget, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate as fv
+from foveate.catalogue.conformance.budget import (
+    _gradients,
+    _growth,
+    assert_grads_within_budget,
+    assert_within_budget,
+)
+from foveate.catalogue.conformance.oracle import change, loop_attention, weights
 from foveate.core.dropout import keep_mask
 from foveate.core.patterns import tile_major
 

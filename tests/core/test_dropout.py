@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_oracle import loop_keep_mask, loop_philox
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate as fv
+from foveate.catalogue.conformance.oracle import loop_keep_mask, loop_philox
 from foveate.core.dropout import keep_mask, philox, threshold
 from foveate.core.request import make_request
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
 
 import foveate as fv
+from foveate.catalogue.conformance.budget import assert_within_budget
 from foveate.core import engines
 from foveate.core.engines import flex
 from foveate.core.layout import BlockLayout

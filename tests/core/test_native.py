@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_within_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pattern_strategies import expressions
 
 import foveate as fv
+from foveate.catalogue.conformance.budget import assert_within_budget
 from foveate.core.engines import native
 from foveate.core.engines import native_library as library
 from foveate.core.engines.native_library import Scores, Where

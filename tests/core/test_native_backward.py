@@ -1,18 +1,18 @@
 """The native engine with scores, normalisers and dropout, forward and backward, against float64: every instruction set,
-dtype, shape, mask and poison. Budgets are those of budget.py.
+dtype, shape, mask and poison. Budgets are those of `foveate.catalogue.conformance.budget`.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from budget import assert_grads_within_budget, assert_within_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pattern_strategies import expressions
 from test_native import CAUSAL, COARSE, FULL, make, shapes, where
 
 import foveate as fv
+from foveate.catalogue.conformance.budget import assert_grads_within_budget, assert_within_budget
 from foveate.core.dropout import keep_mask
 from foveate.core.engines import native_library as library
 from foveate.core.engines.native_library import Scores

@@ -75,12 +75,20 @@ class Neighborhood(Boxes):
     def check(self, ext):
         check_grid("Neighborhood", self.shape, ext)
 
+    def spans(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per axis, the first and the last neighbour of every coordinate, as coordinates: int64 (cells,) each.
+
+        >>> [edge.tolist() for edge in Neighborhood(5, 3).spans()[0]]
+        [[0, 0, 1, 2, 2], [2, 2, 3, 4, 4]]
+        """
+        axes = zip(self.shape, self.window, self.stride, self.dilation, self.causal, strict=True)
+        return [_neighbours(*axis) for axis in axes]
+
     def boxes(self, ext, b):
         low, high, at = [], [], []
         place = self.order.coordinates()  # (axes, cells)
-        for axis, n in enumerate(self.shape):
+        for axis, (first, last) in enumerate(self.spans()):
             x, d = place[axis], self.dilation[axis]
-            first, last = _neighbours(n, self.window[axis], self.stride[axis], d, self.causal[axis])
             low.append(first[x])
             high.append(last[x])
             at.append(x)

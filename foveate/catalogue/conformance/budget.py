@@ -62,6 +62,8 @@ The terms lambda u_io sqrt(...) of products are left out where u_io = u: nothing
 as the largest one of the row. A row that sees nothing has budget 0: it must be 0 and -inf, and all its gradients 0.
 """
 
+# the analysis reads scores and normalisers by class name, which a type checker cannot follow
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import dataclasses
@@ -69,8 +71,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-from attention_oracle import addend, change, change_once, logits64, weights
 from torch import Tensor
+
+from foveate.catalogue.conformance.oracle import (
+    addend,
+    change,
+    change_once,
+    logits64,
+    slope_of,
+    unknown,
+    weights,
+)
 
 LAMBDA = 2.0
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -270,6 +281,8 @@ def _analyse(q, k, allowed, scores, sinks, normalizer, scale, factor) -> _Analys
             size = torch.maximum(size / torch.cosh(least.clamp(max=300)).square(), s.abs())
         elif type(score).__name__ == "Temperature":
             size = size * score.tensor.double().abs()[..., None]
+        elif unknown(score):
+            size = slope_of(score, before).abs() * size + s.abs() / math.sqrt(dim + 4)
         else:
             if type(score).__name__ == "ALiBi":  # the product slope * distance is rounded
                 size = size + addend(score, *s.shape[1:], s.dtype).abs() / math.sqrt(dim + 4)
@@ -361,6 +374,9 @@ def _budgets(it, q, k, v, scores, sinks, normalizer, scale, growth, dout, dlse, 
             wrong = (
                 2 * t.abs() * (slope * before_error / score.cap + t.abs() * LAMBDA * math.sqrt(dim + 4) * u)
             )
+        elif unknown(score):
+            slope = slope_of(score, before)
+            wrong = 2 * (slope_of(score, before + before_error) - slope).abs() + 4 * u * slope.abs()
         wrong = torch.where(it.seen, wrong, 0)
         slope = torch.where(it.seen, slope, 0)
         off = off * (slope.abs() + wrong) + ds.abs() * wrong + 2 * u * (ds * slope).abs()

@@ -1,7 +1,10 @@
 """Attention by its definition, twice: element by element in Python, and dense in any dtype, differentiable. Shares
-nothing with foveate but the fields of its scores and normalisers, which it reads by class name.
+nothing with foveate but the fields of its scores and normalisers, which it reads by class name. A score of another
+class is taken at its word, `apply`, in float64.
 """
 
+# scores and normalisers are read by class name, which a type checker cannot follow
+# pyright: reportCallIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import itertools
@@ -190,7 +193,24 @@ def change_once(logits: Tensor, score) -> Tensor:
         gone = torch.isneginf(logits)
         factor = score.tensor.to(logits.dtype)[..., None]
         return torch.where(gone, logits, torch.where(gone, 0, logits) * factor)
+    if unknown(score):
+        return score.apply(logits)
     return logits + addend(score, *logits.shape[-3:], logits.dtype)
+
+
+KNOWN = ("SoftCap", "Temperature", "Bias", "ALiBi", "T5Bias", "RelativeBias")
+
+
+def unknown(score) -> bool:
+    """Whether the oracle has no definition of its own of a score."""
+    return type(score).__name__ not in KNOWN
+
+
+def slope_of(score, logits: Tensor) -> Tensor:
+    """d apply(s) / d s, elementwise, for a score that changes every logit by itself."""
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(score.apply(leaf).sum(), leaf)[0]
 
 
 def addend(score, heads: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
@@ -208,7 +228,8 @@ def addend(score, heads: int, n: int, m: int, dtype: torch.dtype) -> Tensor:
         }
         bucket = torch.tensor([[made[d] for d in row] for row in distance.tolist()])
         return score.weight.to(dtype)[bucket].permute(2, 0, 1)
-    assert kind == "RelativeBias", kind
+    if unknown(score):
+        return score.apply(torch.zeros(1, heads, n, m, dtype=dtype))
     if score.shape is None:
         steps = [distance]
     else:
