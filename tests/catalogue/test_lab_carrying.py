@@ -32,6 +32,7 @@ def test_ranges_of_distance():
     task = Carrying(16, 1, 1, edges=(1, 4, 8, 14))
     assert task.middles == [2.0, 5.5, 10.5]
     assert task.far([0.1, 0.2, 0.6], beyond=3) == pytest.approx(0.4)
+    assert task.far([0.1, 0.2, 0.6], beyond=4) == pytest.approx(0.6)
 
 
 def test_a_model_cannot_carry_beyond_its_window():
