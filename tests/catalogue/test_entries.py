@@ -327,7 +327,7 @@ def test_equations_convert(entry):
 
 TOLD = re.compile(
     r"snapshot|not re-?read|\bsub-?agents?\b|this session|workplace|\bcrawl|\bscraped?\b"
-    r"|/work/|/home/|/tmp/|our catalogue|this entry|language model wrote",
+    r"|/home/|/tmp/|our catalogue|this entry|language model wrote",
     re.IGNORECASE,
 )
 
