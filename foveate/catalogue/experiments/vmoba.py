@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -165,7 +166,7 @@ def timings(lab: Lab) -> list[dict[str, Any]]:
     calls["dense"] = partial(fv.attention, q, k, v, engine="native")
     calls["choosing"] = lambda: [c.select(q, k) for c in kinds]
     taken = paired_times(lab, calls, lab.pick(5, 1))
-    cycle = [sum(round_) for round_ in zip(*(taken.rounds[name] for name in names), strict=True)]
+    cycle = [math.fsum(turn) for turn in zip(*(taken.rounds[name] for name in names), strict=True)]
     both = Times({}, {"cycle": cycle, "dense": [3 * seconds for seconds in taken.rounds["dense"]]})
     figures = [
         both.speedup("cycle", "dense", "a cycle against three dense layers"),
@@ -236,10 +237,10 @@ def picture() -> dict[str, Any]:
     looks = torch.randn(2, 16, generator=g)
     x = torch.where(square.reshape(-1, 1), looks[0], 0.7 * looks[1]) + 0.6 * torch.randn(256, 16, generator=g)
     x = x[None, None]
-    blocks = {"time": (1, 8, 8), "space": (4, 2, 4), "space and time": (2, 4, 4)}
+    blocks = {"space and time": (2, 4, 4), "space": (4, 2, 4), "time": (1, 8, 8)}
     frames = []
     for kind, block in blocks.items():
-        for tau in (0.05, 0.25, 0.5):
+        for tau in (0.4, 0.25, 0.6):
             code = f"VMoBA((4, 8, 8), {block}, tau={tau})"
             frames.append(
                 ({"blocks in": kind, "tau": tau}, VMoBA((4, 8, 8), block, tau=tau).layout(x, x), code)
