@@ -202,7 +202,9 @@ def test_nothing_with_the_same_shared_weights_is_closer_to_softmax(name):
     optimizer.step(closure)
     found = free.detach()
     optimum = divergence(shared(found, tree), target)
-    assert best - 1e-12 <= optimum < best + 1e-6  # an optimiser that knows nothing of the recursion ends at it
+    assert (
+        best - 1e-12 <= optimum < best + 1e-6
+    )  # an optimiser that knows nothing of the recursion ends at it
     torch.testing.assert_close(shared(found, tree), weights, atol=2e-4, rtol=0)
     for size in (1e-3, 1e-2, 0.1, 1.0):
         for _ in range(5):
