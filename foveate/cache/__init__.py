@@ -2,4 +2,22 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.cache.moa import (
+    MoAPlan,
+    SpanRule,
+    attention_influence,
+    group_influence,
+    predicted_loss,
+    search_spans,
+    span_rules,
+)
+
+__all__ = [
+    "MoAPlan",
+    "SpanRule",
+    "attention_influence",
+    "group_influence",
+    "predicted_loss",
+    "search_spans",
+    "span_rules",
+]
