@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.core.layout import TILE, BlockLayout
 from foveate.core.merge import State, merge
 from foveate.core.patterns.band import Causal
-from foveate.core.patterns.base import EMPTY, FULL, PARTIAL, Pattern, integer, verdict
+from foveate.core.patterns.base import EMPTY, FULL, Pattern, integer, verdict
 from foveate.core.selectors.base import Selector
 from foveate.core.selectors.flexprefill import block_means
 from foveate.core.selectors.stripes import Stripes
@@ -59,8 +59,9 @@ class AnchorAttention(Selector):
        S_g = {j : init <= j < s_g - block, some Q in g has scale mean(q_Q) . k_j + theta >= mean(x_Q)}.
     3. Exact softmax over A_i and S_g. Groups without a key between their anchors are dense.
 
-    No budget, no sorting: how many columns a head keeps follows from the content. Inside a block whose queries are all
-    equal, a column that is dropped has less than exp(-theta) of the weight of the largest one.
+    No budget, no sorting: how many columns a head keeps follows from the content. In a block of equal queries, a column
+    that is dropped has less than exp(-theta) of the largest weight of the block's last query (whose anchors hold those
+    of the others); in other blocks the means make theta a guide, not a bound.
 
     Cost of the selection: the anchors' logits, about N (init + block + group / 2), and N / block means against the keys
     before them; in chunks, nothing is N x M. `anchor_attention` gathers the stripes, so that it computes only these
@@ -130,9 +131,7 @@ class AnchorAttention(Selector):
         return anchors if len(stripes.idx) == 0 else anchors | stripes.layout()
 
     @torch.no_grad()
-    def stripes(
-        self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True
-    ) -> Stripes:
+    def stripes(self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True) -> Stripes:
         """The columns besides the anchors. A single query has none (its attention is dense).
 
         Args:
@@ -153,7 +152,9 @@ class AnchorAttention(Selector):
         counts, found = [], []
         for g in range((m - n) // self.group, (m - 1) // self.group + 1):
             far = max(g * self.group - self.block, self.init) if n > 1 else self.init
-            wanted = torch.zeros(batch, kv_heads, lists // kv_heads, far - self.init, dtype=torch.bool, device=q.device)
+            wanted = torch.zeros(
+                batch, kv_heads, lists // kv_heads, far - self.init, dtype=torch.bool, device=q.device
+            )
             if far > self.init:
                 first = max(g * self.group - (m - n), 0)
                 mine = q[:, :, first : (g + 1) * self.group - (m - n)].to(wide) * scale
@@ -170,7 +171,9 @@ class AnchorAttention(Selector):
         q: (B, Hkv, G, n, D), scaled, one group's queries from position `start` on; keys: (B, Hkv, D, M).
         """
         offset = start % self.block
-        means = block_means(q.flatten(1, 2), self.block, offset).unflatten(1, q.shape[1:3])  # (B, Hkv, G, Q, D)
+        means = block_means(q.flatten(1, 2), self.block, offset).unflatten(
+            1, q.shape[1:3]
+        )  # (B, Hkv, G, Q, D)
         tops = self._anchor_logits(q, keys, start)  # (B, Hkv, G, n)
         least = block_means(tops.flatten(1, 2).unsqueeze(-1), self.block, offset).unflatten(1, q.shape[1:3])
         least = least - self.theta  # (B, Hkv, G, Q, 1)
@@ -178,7 +181,9 @@ class AnchorAttention(Selector):
         width = max(TILE, CHUNK // (flat.shape[0] * flat.shape[1] * flat.shape[2]))
         for at in range(0, wanted.shape[-1], width):
             here = keys[..., self.init : self.init + wanted.shape[-1]][..., at : at + width]
-            near = (torch.matmul(flat, here).unflatten(2, means.shape[2:4]) >= least).any(3)  # (B, Hkv, G, width)
+            near = (torch.matmul(flat, here).unflatten(2, means.shape[2:4]) >= least).any(
+                3
+            )  # (B, Hkv, G, width)
             wanted[..., at : at + width] = near.any(2, keepdim=True) if self.shared else near
 
     def _anchor_logits(self, q: Tensor, keys: Tensor, start: int) -> Tensor:
@@ -262,10 +267,12 @@ def _check(q: Tensor, k: Tensor, is_causal: bool) -> None:
             raise ValueError(f"{name} must be a tensor (batch, heads, length, dim), got {got}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: accepted are equal batch and dim, and "
-            "H a multiple of Hkv"
+            "q (B, H, N, D) and k (B, Hkv, M, D) must share B and D, with H a multiple of Hkv; "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if q.shape[2] > k.shape[2] or q.shape[2] == 0:
+    n, m = q.shape[2], k.shape[2]
+    if not 1 <= n <= m:
         raise ValueError(
-            f"q must have at least 1 query and at most as many as there are keys ({k.shape[2]}), got {q.shape[2]}"
+            "AnchorAttention needs at least one query and at least as many keys as queries, "
+            f"got {n} queries and {m} keys"
         )

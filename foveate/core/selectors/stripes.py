@@ -79,10 +79,19 @@ class Stripes:
         b, h, i, j = np.nonzero(above | below)
         pair, which = np.unique(above[b, h, i, j] * len(words) + below[b, h, i, j], return_inverse=True)
         cut = -offset % TILE or TILE  # rows of a tile before a border between groups
-        bitmaps = np.where(np.arange(TILE) < cut, words[pair // len(words), None], words[pair % len(words), None])
+        bitmaps = np.where(
+            np.arange(TILE) < cut, words[pair // len(words), None], words[pair % len(words), None]
+        )
         rows = (b * self.heads + h) * nq + i
         made = BlockLayout.from_tiles(
-            self.q_len, self.k_len, rows, j, bitmaps, batch=self.batch, heads=self.heads, which=which.reshape(-1)
+            self.q_len,
+            self.k_len,
+            rows,
+            j,
+            bitmaps,
+            batch=self.batch,
+            heads=self.heads,
+            which=which.reshape(-1),
         )
         return made.to(self.ptr.device)
 
