@@ -40,13 +40,14 @@ THETAS, TIMED = (0.0, 2.0, 4.0, 6.0, 8.0), (2.0, 4.0, 6.0, 8.0, 10.0, 12.0)
 MOST = 40  # setting of FlexPrefill at which it keeps everything
 OURS = "AnchorAttention"
 COUNTS_IF = (
-    "q and k of reader's four layers on 4,096 bytes, two texts for each of three seeds; blocks of 16 queries, groups of "
-    "64, 16 first keys; theta 0, 2, 4, 6, 8, of which those count that keep at most half of the causal pairs (fewer "
-    "than three: open). Then all of: the stripes recall more of the attention than each of FlexPrefill, the strongest "
-    "pooled blocks of 64, window + first keys, and random blocks, all with at least as many pairs (95 % interval of the "
-    "paired difference above 0); at 32,768 tokens of made-up q and k with a near band and heavy columns, at the least "
-    "theta of 2, 4 ... 12 that recalls at least what FlexPrefill does (none: fails), AnchorAttention takes less time "
-    "than FlexPrefill, both as their papers set them, selection included (95 % interval of the ratio above 1)"
+    "q and k of reader's four layers on 4,096 bytes, two texts for each of three seeds; blocks of 16 queries, "
+    "groups of 64, 16 first keys; theta 0, 2, 4, 6, 8, of which those count that keep at most half of the causal "
+    "pairs (fewer than three: open). Then all of: the stripes recall more of the attention than each of "
+    "FlexPrefill, the strongest pooled blocks of 64, window + first keys, and random blocks, all with at least as"
+    " many pairs (95 % interval of the paired difference above 0); at 32,768 tokens of made-up q and k with a "
+    "near band and heavy columns, at the least theta of 2, 4 ... 12 that recalls at least what FlexPrefill does "
+    "(none: fails), AnchorAttention takes less time than FlexPrefill, both as their papers set them, selection "
+    "included (95 % interval of the ratio above 1)"
 )
 reader = cache(lambda: load_subject("reader"))
 
@@ -92,7 +93,7 @@ class Layers:
 
     def share(self, layouts: Sequence[BlockLayout]) -> float:
         """Of the causal pairs of all heads and layers."""
-        (_, heads, n, _), _ = self.qk[0]
+        _, heads, n, _ = self.qk[0][0].shape
         return sum(x.expand(1, heads).area for x in layouts) / (len(layouts) * heads * n * (n + 1) / 2)
 
     def least(self, method: str, share: float, most: int) -> list[BlockLayout]:
@@ -110,7 +111,7 @@ class Layers:
 
     def arms(self, theta: float, seed: int) -> dict[str, dict[str, float]]:
         """What each method recalls with at least the pairs of the stripes at theta (random: on average)."""
-        (_, heads, n, _), _ = self.qk[0]
+        _, heads, n, _ = self.qk[0][0].shape
         share = self.share(self.map(OURS, theta))
         window = (equal_window(share, n) | Sinks(16)) & Causal()
         random = equal_random(share, n, block=BLOCK, heads=heads, seed=seed)
@@ -126,9 +127,11 @@ class Layers:
 
 def strongest_blocks(q: Tensor, k: Tensor, kept: int) -> BlockLayout:
     """For each block of queries the first block, its own and the `kept` whose mean keys fit its mean query best."""
-    (_, heads, n, _), kv_heads = q.shape, k.shape[1]
+    _, heads, n, _ = q.shape
     q_mean, k_mean = (t.unflatten(2, (-1, BLOCK)).mean(3) for t in (q, k))
-    fit = q_mean @ k_mean.repeat_interleave(heads // kv_heads, 1).transpose(-1, -2)  # (1, H, blocks, blocks)
+    fit = q_mean @ k_mean.repeat_interleave(heads // k.shape[1], 1).transpose(
+        -1, -2
+    )  # (1, H, blocks, blocks)
     past = torch.ones(fit.shape[-2:], dtype=torch.bool).tril()
     rank = fit.masked_fill(~past, -torch.inf).argsort(-1, descending=True).argsort(-1)
     always = torch.eye(n // BLOCK, dtype=torch.bool)
