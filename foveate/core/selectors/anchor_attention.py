@@ -242,16 +242,18 @@ def anchor_attention(
     from foveate.core.attention import attention
 
     chosen = AnchorAttention(block, step, theta, init, shared)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    stripes = chosen.stripes(q, k, scale=scale)
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    stripes = chosen.stripes(q, k, scale=factor)
     who = Causal() if q.shape[2] == 1 else chosen.anchors
-    state = attention(q, k, v, who, scale=scale, return_lse=True, engine=engine)
+    state = attention(q, k, v, who, scale=factor, return_lse=True, engine=engine)
     assert isinstance(state, tuple)
-    parts = []
+    near_out, near_lse = state
+    parts: list[State] = []
     for g in range(stripes.groups):
-        mine = tuple(part[:, :, stripes.rows(g)] for part in state)
-        far = stripes.attend(q, k, v, g, scale, engine)
-        parts.append(mine if far is None else merge([mine, far]))
+        rows = stripes.rows(g)
+        near = near_out[:, :, rows], near_lse[:, :, rows]
+        far = stripes.attend(q, k, v, g, factor, engine)
+        parts.append(near if far is None else merge([near, far]))
     out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
     return (out, lse) if return_lse else out
 
