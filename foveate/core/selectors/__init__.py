@@ -3,5 +3,14 @@
 from foveate.core.selectors.anchor_attention import AnchorAttention, anchor_attention
 from foveate.core.selectors.base import Selector
 from foveate.core.selectors.flexprefill import FlexPrefill
+from foveate.core.selectors.vmoba import VMoBA, vmoba_attention, vmoba_cycle
 
-__all__ = ["AnchorAttention", "FlexPrefill", "Selector", "anchor_attention"]
+__all__ = [
+    "AnchorAttention",
+    "FlexPrefill",
+    "Selector",
+    "VMoBA",
+    "anchor_attention",
+    "vmoba_attention",
+    "vmoba_cycle",
+]
