@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.core.gathered import KeyLists, gathered_attention
 from foveate.core.layout import TILE, BlockLayout
-from foveate.core.merge import State, merge
+from foveate.core.merge import State
 from foveate.core.patterns.band import Causal
 from foveate.core.patterns.base import EMPTY, FULL, Pattern, integer, verdict
 from foveate.core.selectors.base import Selector
 from foveate.core.selectors.flexprefill import block_means
-from foveate.core.selectors.stripes import Stripes
 
 CHUNK = 1 << 24  # logits of block means that are held at once
 STRIP = 128  # queries whose anchors' logits are held at once
@@ -131,7 +131,9 @@ class AnchorAttention(Selector):
         return anchors if len(stripes.idx) == 0 else anchors | stripes.layout()
 
     @torch.no_grad()
-    def stripes(self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True) -> Stripes:
+    def stripes(
+        self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True
+    ) -> KeyLists:
         """The columns besides the anchors. A single query has none (its attention is dense).
 
         Args:
@@ -163,7 +165,7 @@ class AnchorAttention(Selector):
             found.append((wanted.nonzero()[:, -1] + self.init).int())
         ptr = torch.zeros(len(counts) * batch * lists + 1, dtype=torch.int64, device=q.device)
         torch.cumsum(torch.cat(counts), 0, out=ptr[1:])
-        return Stripes(n, m, self.group, batch, heads, lists, ptr, torch.cat(found))
+        return KeyLists(n, m, self.group, batch, heads, lists, ptr, torch.cat(found))
 
     def _search(self, q: Tensor, keys: Tensor, start: int, wanted: Tensor) -> None:
         """Mark in `wanted` (B, Hkv, lists per Hkv, far keys) the columns that some query block of a group wants.
@@ -239,23 +241,10 @@ def anchor_attention(
     >>> torch.allclose(out, fv.attention(q, k, v, is_causal=True), atol=1e-5)
     True
     """
-    from foveate.core.attention import attention
-
     chosen = AnchorAttention(block, step, theta, init, shared)
-    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    stripes = chosen.stripes(q, k, scale=factor)
-    who = Causal() if q.shape[2] == 1 else chosen.anchors
-    state = attention(q, k, v, who, scale=factor, return_lse=True, engine=engine)
-    assert isinstance(state, tuple)
-    near_out, near_lse = state
-    parts: list[State] = []
-    for g in range(stripes.groups):
-        rows = stripes.rows(g)
-        near = near_out[:, :, rows], near_lse[:, :, rows]
-        far = stripes.attend(q, k, v, g, factor, engine)
-        parts.append(near if far is None else merge([near, far]))
-    out, lse = (torch.cat(part, 2) for part in zip(*parts, strict=True))
-    return (out, lse) if return_lse else out
+    stripes = chosen.stripes(q, k, scale=scale)
+    near = Causal() if q.shape[2] == 1 else chosen.anchors
+    return gathered_attention(q, k, v, stripes, near, scale=scale, return_lse=return_lse, engine=engine)
 
 
 def _check(q: Tensor, k: Tensor, is_causal: bool) -> None:
