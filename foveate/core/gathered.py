@@ -154,10 +154,13 @@ class KeyLists:
         codes, words = self._words()  # (groups, batch, lists, k_tiles) number of the word, 0 = no key
         offset, nq = self.k_len - self.q_len, tiles(self.q_len)
         share = np.arange(self.heads) // (self.heads // self.lists)
-        piece = (np.arange(TILE) + offset) // self.group - offset // self.group  # of each row, in every tile
-        starts = (np.arange(nq) * TILE + offset) // self.group - self.first
+        unit = min(self.group, TILE)  # no border between groups but at multiples of it
+        piece = (np.arange(TILE) + offset) // unit - offset // unit  # of each row, in every tile
+        starts = (np.arange(nq) * TILE + offset) // unit
         mine = [  # of each piece: the numbers of its words, (B, H, nq, nk)
-            codes[np.minimum(starts + p, self.groups - 1)][:, :, share].transpose(1, 2, 0, 3)
+            codes[np.minimum((starts + p) * unit // self.group - self.first, self.groups - 1)][
+                :, :, share
+            ].transpose(1, 2, 0, 3)
             for p in range(piece[-1] + 1)
         ]
         b, h, i, j = np.nonzero(np.logical_or.reduce(mine))
@@ -194,78 +197,67 @@ class KeyLists:
     ) -> Iterator[tuple[slice, State]]:
         """(queries, (out, lse)) of one run of groups after another; runs without any key are left out.
 
-        A run gathers (batch, lists, its longest sum of lists, D) keys, each list padded to whole tiles. All its
-        lists are read in one call, through a layout that gives every group its own tiles.
+        A run gathers (groups * batch, lists, its longest list, D) keys; each group is a batch row of one call, and the
+        padding of shorter lists is masked.
         """
         from foveate.core.attention import attention
 
         k_rows, v_rows = k.flatten(0, 2), v.flatten(0, 2)
+        per, kv_heads = self.batch * self.lists, k.shape[1]
+        number = torch.arange(per, device=q.device)
+        kv = number // self.lists * kv_heads + number % self.lists // (self.lists // kv_heads)
         for start, stop in self._runs(k.shape[3]):
-            rows = self.rows(start, stop)
-            at, layout = self._packed(start, stop, k.shape[1])
-            if at.shape[2] == 0:
+            counts = self.ptr[start * per : stop * per + 1].diff()  # of (group, batch row, list)
+            most, rows = int(counts.max()), self.rows(start, stop)
+            if most == 0:
                 continue
-            keys, values = (t.index_select(0, at.flatten()).unflatten(0, at.shape) for t in (k_rows, v_rows))
-            mine, back = q[:, :, rows], None
-            if stop - start > 1 and self.group % TILE:  # whole tiles for every group
-                i = torch.arange(rows.stop - rows.start, device=q.device)
-                back = i // self.group * TILE + i % self.group
-                mine = mine.new_zeros(*mine.shape[:2], layout.q_len, mine.shape[3]).index_copy(2, back, mine)
-            found = attention(mine, keys, values, layout, scale=scale, return_lse=True, engine=engine)
-            assert isinstance(found, tuple)
-            yield rows, found if back is None else tuple(t.index_select(2, back) for t in found)
+            at = kv.repeat(stop - start)[:, None].mul(self.k_len).repeat(1, most)
+            used = torch.arange(most, device=q.device) < counts[:, None]
+            at[used] += self.idx[int(self.ptr[start * per]) : int(self.ptr[stop * per])]
+            lead = ((stop - start) * self.batch, self.lists, most)
+            keys, values = (t.index_select(0, at.flatten()).unflatten(0, lead) for t in (k_rows, v_rows))
+            mine = q[:, :, rows].unflatten(2, (stop - start, -1)).permute(2, 0, 1, 3, 4)
+            who = None if bool(used.all()) else self._leading(counts.view(lead[:2]), mine.shape[3], most)
+            found = attention(
+                mine.flatten(0, 1), keys, values, who, scale=scale, return_lse=True, engine=engine
+            )
+            out, lse = (
+                t.unflatten(0, (stop - start, -1)).transpose(0, 1).transpose(1, 2).flatten(2, 3)
+                for t in found
+            )
+            yield rows, (out, lse)
 
     def _runs(self, dim: int) -> list[tuple[int, int]]:
-        """Neighbouring groups whose padded lists fit the buffer together; a cut first group is alone."""
-        heavy = (-(-self.counts // TILE) * TILE).amax((0, 1)).cpu().tolist()
-        found, start, sum_ = [], 0, 0
-        for g, most in enumerate(heavy):
-            cut = g == 1 and (self.k_len - self.q_len) % self.group
-            if g > start and (cut or (sum_ + most) * self.batch * self.lists * dim > BUFFER):
+        """Neighbouring groups whose padded lists fit the buffer together; groups that are cut stay alone."""
+        longest = self.counts.amax((0, 1)).cpu().tolist()
+        whole = [self.rows(g).stop - self.rows(g).start == self.group for g in range(self.groups)]
+        found, start, most = [], 0, 0
+        for g, length in enumerate(longest):
+            most = max(most, length)
+            fits = (g + 1 - start) * most * self.batch * self.lists * dim <= BUFFER
+            if g > start and not (fits and whole[g] and whole[start]):
                 found.append((start, g))
-                start, sum_ = g, 0
-            sum_ += most
+                start, most = g, length
         return [*found, (start, self.groups)]
 
-    def _packed(self, start: int, stop: int, kv_heads: int) -> tuple[Tensor, BlockLayout]:
-        """For a run: rows of k.flatten(0, 2) to gather, (batch, lists, most), and who sees which of them."""
-        per, rows = self.batch * self.lists, self.rows(start, stop)
-        ends = self.ptr[start * per : stop * per + 1].cpu().numpy()
-        counts = np.diff(ends).reshape(stop - start, per).T  # (batch * lists, groups)
-        needed = -(-counts // TILE)  # tiles of each list
-        begins = np.cumsum(needed, 1) - needed  # its first tile among the gathered
-        most = int(needed.sum(1).max()) * TILE
-        kv = np.arange(per) // self.lists * kv_heads + np.arange(per) % self.lists // (self.lists // kv_heads)
-        order = (begins * TILE + np.arange(per)[:, None] * most).T.reshape(-1)  # of (group, batch, list)
-        inside = np.arange(ends[-1] - ends[0]) - np.repeat(ends[:-1] - ends[0], np.diff(ends))
-        slots = torch.from_numpy(np.repeat(order, np.diff(ends)) + inside).to(self.idx.device)
-        base = np.repeat(np.tile(kv, stop - start), np.diff(ends)) * self.k_len
-        at = torch.zeros(per * most, dtype=torch.int64, device=self.idx.device)
-        at[slots] = self.idx[ends[0] : ends[-1]].long() + torch.from_numpy(base).to(self.idx.device)
-        # a group's rows fill whole tiles, each of which sees the tiles of the group's list
-        height = tiles(min(self.group, rows.stop - rows.start))
-        n = rows.stop - rows.start if stop - start == 1 or self.group % TILE == 0 else (stop - start) * TILE
-        per_row = needed.repeat(self.heads // self.lists, 0)  # (batch * heads, groups)
-        grid = per_row.repeat(height, 1)[:, : tiles(n)].reshape(-1)
-        first = begins.repeat(self.heads // self.lists, 0).repeat(height, 1)[:, : tiles(n)].reshape(-1)
-        rest = (
-            (counts % TILE).repeat(self.heads // self.lists, 0).repeat(height, 1)[:, : tiles(n)].reshape(-1)
-        )
-        row = np.repeat(np.arange(len(grid)), grid)
-        step = np.arange(len(row)) - np.repeat(np.cumsum(grid) - grid, grid)
-        last = (step == grid[row] - 1) & (rest[row] > 0)
-        words = np.array([tail_word(r) for r in range(TILE)]).astype(np.int64)
-        layout = BlockLayout.from_tiles(
+    def _leading(self, counts: Tensor, n: int, m: int) -> BlockLayout:
+        """Layout (rows, heads, n, m): every query sees the first counts[row, list] keys; counts (rows, lists)."""
+        each = counts.cpu().numpy().repeat(self.heads // self.lists, 1)  # (rows, heads)
+        nq, nk = tiles(n), tiles(m)
+        needed = np.broadcast_to(each[:, :, None, None], (*each.shape, nq, nk))
+        b, h, i, j = np.nonzero(np.arange(nk) * TILE < needed)
+        inside = np.minimum(each[b, h] - j * TILE, TILE)  # keys of the tile that count
+        words = np.array([tail_word(rest) for rest in range(TILE)]).astype(np.int64)
+        return BlockLayout.from_tiles(
             n,
-            max(most, 1),
-            row,
-            first[row] + step,
+            m,
+            (b * self.heads + h) * nq + i,
+            j,
             words[:, None].repeat(TILE, 1),
-            batch=self.batch,
+            batch=len(each),
             heads=self.heads,
-            which=np.where(last, rest[row], -1),
-        )
-        return at.view(self.batch, self.lists, most), layout.to(self.idx.device)
+            which=np.where(inside == TILE, -1, inside),
+        ).to(counts.device)
 
 
 def gathered_attention(
@@ -285,7 +277,7 @@ def gathered_attention(
 
     The two sets must not meet: a key in both would count twice. The keys of the lists are gathered, `BUFFER` elements
     at a time, so that cost and memory follow the lists and not N x M; the two states are merged. Gradients flow
-    to q, k and v. Fast where groups have 64 queries or more: smaller ones compute a whole tile of queries each.
+    to q, k and v. Groups of 64 queries or more are the fast ones.
 
     Args:
         q: (B, H, N, D); k: (B, Hkv, M, D); v: (B, Hkv, M, Dv). H is a multiple of Hkv.

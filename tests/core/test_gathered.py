@@ -56,6 +56,7 @@ SHAPES = [
     (1, 2, 1, 1, 131, 449, 8),
     (1, 2, 2, 2, 1, 300, 1),  # decoding
     (1, 2, 2, 2, 5, 300, 1),
+    (1, 2, 1, 2, 157, 307, 128),  # a border between groups inside a tile
     (1, 1, 1, 1, 63, 500, 256),  # a cut group alone
 ]
 
