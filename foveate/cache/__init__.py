@@ -7,8 +7,10 @@ from foveate.cache.layer import Geometry, LayerCache, Pool
 from foveate.cache.policies.h2o import H2O
 from foveate.cache.policies.oracle import OracleTopK
 from foveate.cache.policies.random import RandomKeep
+from foveate.cache.policies.recycled import Recycled, recycled_mask
 from foveate.cache.policies.snapkv import SnapKV
 from foveate.cache.policies.streaming import Streaming
+from foveate.cache.policies.task_kv import TaskKV, semantic_distances
 from foveate.cache.policy import POLICIES, Kept, Policy, Reader, load, make
 from foveate.cache.store import RaggedStore
 from foveate.cache.view import View
@@ -26,9 +28,13 @@ __all__ = [
     "RaggedStore",
     "RandomKeep",
     "Reader",
+    "Recycled",
     "SnapKV",
     "Streaming",
+    "TaskKV",
     "View",
     "load",
     "make",
+    "recycled_mask",
+    "semantic_distances",
 ]

@@ -91,6 +91,7 @@ class LayerCache:
             self._store(k, v, positions, decided.keep & valid, decided.pinned, mass)
         elif self.policy.reads:
             self._store(k, v, positions, valid, None, mass)
+            self._begin(shape)
         elif self.pool is not None:
             sink, recent = self.budget.protect(positions, valid, self.first, self.last)
             self.pool.join(self, self.policy.score(view), sink | recent, valid, (k, v, positions, sink, mass))
@@ -147,11 +148,19 @@ class LayerCache:
             parts.append(part)
             if p is not None:
                 self._receive(p)
+        self._begin(shape)
         if single:
             self.keys_read += int(self.store.count.sum())
         self._evict(shape, single)
         self._forget()
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _begin(self, shape: Geometry) -> None:
+        if isinstance(self.policy, Reader):
+            assert self.store is not None
+            self.state = self.policy.begin(
+                self._held_view(shape, True), self.store, self.budget.tokens(self.real)
+            )
 
     # ------------------------------------------------------------------------------------ deciding
     def _choose(self, view: View) -> tuple[Tensor, Tensor]:
@@ -261,12 +270,12 @@ class LayerCache:
             out_weight=shape.out_weight,
         )
 
-    def _held_view(self, shape: Geometry) -> View:
-        """What is stored now; keys and values only for policies that look at queries (others see empty ones)."""
+    def _held_view(self, shape: Geometry, whole: bool = False) -> View:
+        """What is stored now; keys and values only if ``whole`` or for scores by queries (others see empty ones)."""
         store = self.store
         assert store is not None
         valid = store.valid()
-        if self.policy.window and not self.policy.by_age:
+        if self.policy.window and (whole or not (self.policy.by_age or self.policy.reads)):
             k, v = store.padded("keys"), store.padded("values")
         else:
             k = store.keys.new_empty(*valid.shape, 0)
@@ -280,7 +289,7 @@ class LayerCache:
     def _remember(self, q: Tensor, at: Tensor) -> None:
         """Keep the last queries that the policy wants; ``at`` (B, Q) are their positions, -1 = padding."""
         want = self.policy.window
-        if self.evict == "prefill":
+        if self._once:
             self.queries = self.query_positions = None  # those of a call with several tokens are its own
         if self.queries is not None and self.query_positions is not None:
             q, at = torch.cat([self.queries, q], 2), torch.cat([self.query_positions, at], 1)
@@ -291,9 +300,14 @@ class LayerCache:
         self.query_positions = at.gather(1, order)
         self.queries = q.gather(2, order[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
 
+    @property
+    def _once(self) -> bool:
+        """Queries matter only to the call they are in."""
+        return self.evict == "prefill" or self.policy.by_age or self.policy.reads
+
     def _forget(self) -> None:
         """Queries that no later decision looks at."""
-        if self.evict == "prefill" and self.queries is not None and self.query_positions is not None:
+        if self._once and self.queries is not None and self.query_positions is not None:
             self.queries, self.query_positions = (
                 self.queries[:, :, :0].clone(),
                 self.query_positions[:, :0].clone(),

@@ -123,6 +123,10 @@ class Reader(Policy):
             Output (B, H, 1, Dv), the new state, and the number of keys read over all segments.
         """
 
+    def begin(self, view: View, store: RaggedStore, tokens: Tensor) -> Any:
+        """The state after a call with several tokens, all of them in ``store``; ``tokens`` as in `attend`."""
+        return None
+
     def reorder(self, state: Any, rows: Tensor) -> Any:
         """The state for rows of the batch in another order."""
         if state is None:
