@@ -19,13 +19,13 @@ class TaskKV(Policy):
 
         s_h = mean_i(o_ih) W_O[h]      d_h = || s_h - mean_h s_h ||      (i: the last ``obs_window`` queries)
 
-    The far heads ("heterogeneous") keep every token. The others keep ``n_sink`` first tokens, ``n_recent`` last ones and
-    the ``n_mid`` tokens in between that all of them together attend to most: one set for all of them.
+    The far heads ("heterogeneous") keep every token. The others keep ``n_sink`` first tokens, ``n_recent`` last ones
+    and the ``n_mid`` tokens in between that all of them together attend to most: one set for all of them.
 
-    Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation of Attention Heads (2025). The abstract leaves
-    open and this fixes: o_h is the mean over the observation window; the far heads are the shortest list, far first,
-    that holds ``beta`` of all distances (or a fixed fraction, or all before the largest gap); the split is over KV
-    heads, by the farthest query head of a group.
+    Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation of Attention Heads (2025). Fixed here,
+    because the abstract leaves it open: o_h is the mean over the observation window; the far heads are the shortest
+    list, far first, that holds ``beta`` of all distances (or a fixed fraction, or all before the largest gap); the
+    split is over KV heads, by the farthest query head of a group.
 
     Args:
         obs_window: last queries that are looked at.
@@ -95,8 +95,8 @@ class TaskKV(Policy):
     def first(self, view: View, budget: Budget) -> Kept:
         if view.out_weight is None or view.outputs is None:
             raise ValueError(
-                "policy 'task_kv' compares what heads add to the model's state: it needs the layer's output projection, "
-                "and none was found under the names o_proj, out_proj, dense, c_proj, wo"
+                "policy 'task_kv' compares what heads add to the model's state: it needs the layer's output "
+                "projection, and none was found under the names o_proj, out_proj, dense, c_proj, wo"
             )
         there = view.query_positions >= 0
         distances = semantic_distances(view.outputs, view.out_weight, there)  # (B, H)
