@@ -216,7 +216,8 @@ class LayerCache:
             assert self.limit is not None
             limit = self.policy.limit(self.layer, view.seen, self.limit, self.budget)
             room = limit.where(limit >= 0, view.positions.shape[2])
-            keep = top(view.positions, self._padded("pinned"), view.valid, room)
+            first = view.positions < view.first[:, None, None] + self.policy.first_tokens(self.budget)
+            keep = top(view.positions, self._padded("pinned") | (view.valid & first), view.valid, room)
         else:
             keep, pinned = self._choose(view)
             self._pin(pinned)

@@ -74,6 +74,10 @@ class Policy:
         """The decision at the end of a prefill; None = by score, under the budget."""
         return None
 
+    def first_tokens(self, budget: Budget) -> int:
+        """With `by_age`: so many first tokens of the sequence never age, also where the prompt was shorter."""
+        return budget.sinks
+
     def limit(self, layer: int, seen: Tensor, limit: Tensor, budget: Budget) -> Tensor:
         """Limits (B, Hkv) as they stand after ``seen`` (B,) real tokens, given those of `first`; -1 = none."""
         return limit
