@@ -22,8 +22,8 @@ SPARSITY = 0.75
 COUNTS_IF = (
     "reader, 16 KV heads, gates learned in 60 steps on needles in 512 bytes (sink 4, recent 64), then a quarter of the "
     "heads full; 1,024 bytes, one needle more than 64 bytes away, cut before the question is read; gate: dense finds "
-    "at least 0.9, else open. Then all of: the learned heads find at least 0.8 of what dense finds, and more than as many "
-    "heads drawn at random and than the heads with the lowest gates, each by more than 0.1 (95 % intervals of the "
+    "at least 0.9, else open. Then all of: the learned heads find at least 0.8 of what dense finds, and more than as "
+    "many heads drawn at random and than the heads with the lowest gates, each by more than 0.1 (95 % intervals of the "
     "paired differences over three seeds)"
 )
 
