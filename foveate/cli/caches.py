@@ -145,16 +145,7 @@ def _table(console: Any, results: dict[str, Any], shown: bool) -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("policy")
-    for name in (
-        "budget",
-        "needles",
-        "bits/byte lost",
-        "tokens/head",
-        "bytes",
-        "keys read",
-        "ms/token",
-        "speed-up",
-    ):
+    for name in ("budget", "needles", "bits lost", "tokens", "bytes", "keys read", "ms", "speed-up"):
         table.add_column(name, justify="right")
     for cell in results["cells"]:
         table.add_row(
