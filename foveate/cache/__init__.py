@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from foveate.cache.budget import Budget
 from foveate.cache.layer import Geometry, LayerCache, Pool
+from foveate.cache.policies.duo_attention import DuoAttention, duo_attention, duo_pattern, head_table
 from foveate.cache.policies.h2o import H2O
 from foveate.cache.policies.oracle import OracleTopK
 from foveate.cache.policies.random import RandomKeep
@@ -19,6 +20,7 @@ __all__ = [
     "H2O",
     "POLICIES",
     "Budget",
+    "DuoAttention",
     "Geometry",
     "Kept",
     "LayerCache",
@@ -33,6 +35,9 @@ __all__ = [
     "Streaming",
     "TaskKV",
     "View",
+    "duo_attention",
+    "duo_pattern",
+    "head_table",
     "load",
     "make",
     "recycled_mask",

@@ -89,6 +89,14 @@ def test_streaming_slides_one_token_at_a_time():
     assert int(cache.store.capacity.max()) == 10  # no room is taken beyond the budget and the new token
 
 
+def test_sinks_of_a_prompt_shorter_than_them_are_the_first_tokens_all_the_same():
+    cache, q, k, v, _ = prefilled(Streaming(), 9, n=23, sinks=3, recent=1, evict=1, pads=(22, 22))
+    for step in range(12):
+        one = (slice(None), slice(None), slice(step, step + 1))
+        cache.extend(q[one], k[one], v[one], torch.ones(2, 1, dtype=torch.bool), GEOMETRY, lambda *_: None)
+    assert kept(cache) == [[[22, 23, 24, *range(29, 35)]] * 2] * 2
+
+
 @pytest.mark.parametrize("pooling", ["max", "mean"])
 @pytest.mark.parametrize("kernel", [1, 5])
 def test_snapkv_scores_are_pooled_votes_of_the_last_queries(pooling, kernel):
