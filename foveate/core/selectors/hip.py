@@ -76,8 +76,9 @@ class HiP(Selector):
 
     Cost of the selection per query block and head: 2 keys ceil(log2(n_b / M)) scored keys, times the sampled queries;
     in chunks, nothing is N x M. A block_q of 256 with stride_q 16 computes an eighth of the scores that the defaults
-    compute, and gathers a quarter of the keys; a block_k of 8 gathers in longer runs. `hip_attention` gathers the chosen keys and computes only those; as a layout (`layout`, `attention`,
-    `foveate.hf.apply`) the set is the same, but engines compute every tile of 64 x 64 that a chosen block touches.
+    compute, and gathers a quarter of the keys; a block_k of 8 gathers in longer runs. `hip_attention` gathers the
+    chosen keys and computes only those; as a layout (`layout`, `attention`, `foveate.hf.apply`) the set is the same,
+    but engines compute every tile of 64 x 64 that a chosen block touches.
 
     Args:
         keys: keys that the search chooses, a multiple of block_k.
