@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.compress.cca import CCAAttention, CCACache, cca_attention, pool_core
+
+__all__ = ["CCAAttention", "CCACache", "cca_attention", "pool_core"]
