@@ -1,7 +1,24 @@
-"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical), mostly beside the tokens nearby."""
+"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical), beside the tokens nearby."""
 
 from __future__ import annotations
 
 from foveate.compress.cca import CCAAttention, CCACache, cca_attention, pool_core
+from foveate.compress.landmark import (
+    LandmarkBlocks,
+    LandmarkCache,
+    insert_landmarks,
+    landmark_attention,
+    landmark_grouped_softmax,
+)
 
-__all__ = ["CCAAttention", "CCACache", "cca_attention", "pool_core"]
+__all__ = [
+    "CCAAttention",
+    "CCACache",
+    "LandmarkBlocks",
+    "LandmarkCache",
+    "cca_attention",
+    "insert_landmarks",
+    "landmark_attention",
+    "landmark_grouped_softmax",
+    "pool_core",
+]
