@@ -435,7 +435,7 @@ class LandmarkCache:
         return merge([near, self._fetched(q, k_far, v_far)])[0]
 
     def _fetched(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """(out, lse) of queries (B, H, n, D) over fetched blocks (B, Hkv, n or 1, k (l + 1), D): gates times contents."""
+        """(out, lse) of queries (B, H, n, D) over fetched blocks (B, Hkv, n or 1, k (l + 1), D)."""
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         size, factor = self.every + 1, q.shape[3] ** -0.5 if self.scale is None else self.scale
         grouped = q.to(wide).unflatten(1, (k.shape[1], -1))  # (B, Hkv, G, n, D)

@@ -85,8 +85,8 @@ def choice_attention(
 
     Returns:
         (B, H, N, Dv) in q's dtype; 0 for a query that chose nothing. First derivatives of q, k, v and the gates; the
-        choice has none. Partial results of about `ROWS` gathered queries (at least one head's) are held at once, and kept for
-        the backward.
+        choice has none. Partial results of about `ROWS` gathered queries (at least one head's) are held at once, and
+        kept for the backward.
 
     >>> q, k, v = (torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     >>> choice = torch.rand(1, 2, 6, 3, generator=torch.Generator().manual_seed(3)) < 0.6

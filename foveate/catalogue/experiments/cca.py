@@ -36,11 +36,11 @@ TOKENS, GROUP, LOCAL = 256, 16, 32
 REACH = 94  # of two layers of the window with as many pairs, of 48 tokens
 ROPE = Rotary()
 COUNTS_IF = (
-    "two layers, 256 tokens, groups of 16 and 32 exact tokens; gate: dense finds at least 0.95 of the pass keys more than "
-    "94 tokens away, else open. Then all of: CCA finds at least 0.9 of them on average (fewer: open); more than a "
+    "two layers, 256 tokens, groups of 16 and 32 exact tokens; gate: dense finds at least 0.95 of the pass keys more "
+    "than 94 tokens away, else open. Then all of: CCA finds at least 0.9 of them on average (fewer: open); more than a "
     "sliding window of at least as many pairs, by more than 0.1, and more than CCA with plain averages, by more than 0 "
-    "(95 % intervals over three seeds, paired); with groups of 16 and 1,024 exact tokens at 32,768 tokens it computes at "
-    "most 0.15 of the causal pairs, pooling included, and its cache holds at most 0.1 of the pairs of a key and a "
+    "(95 % intervals over three seeds, paired); with groups of 16 and 1,024 exact tokens at 32,768 tokens it computes "
+    "at most 0.15 of the causal pairs, pooling included, and its cache holds at most 0.1 of the pairs of a key and a "
     "value. A window beside the last token of each group as it is, with as many pairs, is shown and no condition"
 )
 
