@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -190,7 +190,7 @@ def _states(
         z = _grouped_logits(queries.to(wide), gate_keys.to(wide)) * factor  # (B, H, n, R)
         choice = earlier[part].expand(z.shape)
         if top_k is not None and top_k < len(ends):
-            score = _scores(z.detach().masked_fill(~choice, -torch.inf), kv_heads)  # (B, Hkv, n, R)
+            score = _best(z.detach().masked_fill(~choice, -torch.inf), kv_heads)  # (B, Hkv, n, R)
             chosen = torch.zeros_like(score, dtype=torch.bool).scatter(3, score.topk(top_k, 3).indices, True)
             choice = choice & chosen.repeat_interleave(heads // kv_heads, 1)
         past = choice_attention(queries, keys, values, choice, gated, gates=z, scale=scale, engine=engine)
@@ -348,44 +348,54 @@ class LandmarkCache:
             )
         return self._retrieve(q, integer("LandmarkCache", "top_k", top_k, 1), aggregate, self.blocks)
 
-    def _retrieve(self, q: Tensor, top_k: int, aggregate: str, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    def scores(self, q: Tensor, top_k: int) -> Tensor:
+        """What blocks are chosen by, (B, Hkv, n, blocks): per key head, the max over query heads of the log softmax
+        over all landmarks; arguments as in `retrieve`. Landmarks' positions depend on top_k."""
+        return self._scores(q, integer("LandmarkCache", "top_k", top_k, 1), self.blocks)
+
+    def choose(self, score: Tensor, top_k: int) -> Tensor:
+        """The blocks to fetch, in ascending order, int64 (B, Hkv, n, k), by score (B, Hkv, n, blocks): the largest."""
+        return score.topk(top_k, 3).indices.sort(3).values
+
+    def _slots(self, top_k: int, blocks: int) -> tuple[int, int]:
+        """Where slot 0 begins, and the first of the blocks that are late."""
+        return (blocks - top_k - 1) * (self.every + 1), blocks - top_k
+
+    @torch.no_grad()
+    def _scores(self, q: Tensor, top_k: int, blocks: int) -> Tensor:
         if not blocks or self.held is None:
             raise ValueError("LandmarkCache: there is no whole block to retrieve yet")
-        k, v = self.held
-        size, kv_heads, top_k = self.every + 1, k.shape[1], min(top_k, blocks)
+        k, size = self.held[0], self.every + 1
         landmarks = k[:, :, self.every : blocks * size : size]  # (B, Hkv, R, D)
-        number = torch.arange(blocks, device=k.device)
-        prefix = (blocks - top_k - 1) * size  # where slot 0 begins
+        place = torch.arange(blocks, device=k.device)
         if self.positions == "true":
-            place = number * size
+            place = place * size
         else:
-            place = prefix + (number - (blocks - top_k) + 1).clamp_min(0) * size
+            start, late = self._slots(min(top_k, blocks), blocks)
+            place = start + (place - late + 1).clamp_min(0) * size
         if self.rope is not None:
             landmarks = self.rope(landmarks, place + self.every)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         factor = q.shape[3] ** -0.5 if self.scale is None else self.scale
-        with torch.no_grad():
-            score = _scores(
-                _grouped_logits(q.to(wide), landmarks.to(wide)) * factor, kv_heads
-            )  # (B, Hkv, n, R)
-            if aggregate == "max_over_tokens":
-                score = score.amax(2, keepdim=True)
-            chosen = score.topk(top_k, 3).indices.sort(3).values  # (B, Hkv, n, k)
+        return _best(_grouped_logits(q.to(wide), landmarks.to(wide)) * factor, k.shape[1])
+
+    def _retrieve(self, q: Tensor, top_k: int, aggregate: str, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+        score = self._scores(q, top_k, blocks)  # (B, Hkv, n, R)
+        if aggregate == "max_over_tokens":
+            score = score.amax(2, keepdim=True)
+        k, v = cast("tuple[Tensor, Tensor]", self.held)
+        size, top_k = self.every + 1, min(top_k, blocks)
+        chosen = self.choose(score, top_k)  # (B, Hkv, n, k)
         if self.positions == "true":
             starts = chosen * size
         else:
-            late = (chosen >= blocks - top_k).long()
-            starts = prefix + (torch.arange(top_k, device=k.device) + late) * size
+            start, late = self._slots(top_k, blocks)
+            starts = start + (torch.arange(top_k, device=k.device) + (chosen >= late)) * size
         within = torch.arange(size, device=k.device)
-        positions, index = (
-            (x.unsqueeze(4) * m + within).flatten(3) for x, m in ((starts, 1), (chosen, size))
-        )
-        b, h = (
-            torch.arange(len(k), device=k.device)[:, None, None, None],
-            torch.arange(kv_heads, device=k.device),
-        )
-        h = h[:, None, None]
-        return k[b, h, index], v[b, h, index], positions
+        index = (chosen.unsqueeze(4) * size + within).flatten(3)
+        b = torch.arange(len(k), device=k.device)[:, None, None, None]
+        h = torch.arange(k.shape[1], device=k.device)[:, None, None]
+        return k[b, h, index], v[b, h, index], (starts.unsqueeze(4) + within).flatten(3)
 
     def step(
         self,
@@ -462,10 +472,8 @@ class LandmarkCache:
             )
 
 
-def _scores(z: Tensor, kv_heads: int) -> Tensor:
+def _best(z: Tensor, kv_heads: int) -> Tensor:
     """Gate logits (B, H, n, R) -> what blocks are chosen by, (B, Hkv, n, R): log softmax, max over grouped heads."""
-    if z.shape[1] == kv_heads:
-        return z - z.logsumexp(3, keepdim=True).nan_to_num(neginf=0.0)
     z = z - z.logsumexp(3, keepdim=True).nan_to_num(neginf=0.0)
     return z.unflatten(1, (kv_heads, -1)).amax(2)
 

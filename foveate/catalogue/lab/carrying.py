@@ -62,13 +62,13 @@ class Carrying:
             torch.manual_seed(seed)
             model = TinyLM(self.vocab, self.dim, self.heads, self.layers, attend, positions=self.positions)
             steps = lab.pick(self.steps, 5)
-            train(lab, model, lambda step: self._rows(step / steps, generator(seed, step)), steps=steps, lr=self.lr,
+            train(lab, model, lambda step: self.rows(step / steps, generator(seed, step)), steps=steps, lr=self.lr,
                   what=f"{name}, seed {seed}")  # fmt: skip
             return [self._test(lab, model, *ends) for ends in itertools.pairwise(self.edges)]
 
         return lab.once(f"{name}-{seed}".replace(" ", "_"), learn)
 
-    def _rows(self, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def rows(self, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """The rows of a step, after a share of the training."""
         length = min(self.tokens, 16 * math.ceil(share * 2 * self.tokens / 16 + 1e-9))
         return reminders(max(1, self.budget // length), length, self.vocab, g)
