@@ -305,7 +305,7 @@ class CCACache:
         states = [attention(queries, *window, near, **read)]
         if (cores := self.visible(self.length)) and self.core is not None:
             far = CoreTokens(self.group, self.local, before) if n > 1 else None
-            states.append(attention(queries, *(x[:, :, :cores] for x in self.core), far, **read))
+            states.append(attention(queries, *(x[:, :, :cores] for x in self.core), far, **read))  # pyright: ignore[reportCallIssue]
         self._forget(self.visible(self.length))
         return merge(states)[0] if len(states) > 1 else states[0][0]  # pyright: ignore[reportArgumentType]
 
