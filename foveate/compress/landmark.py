@@ -150,7 +150,7 @@ def landmark_attention(
     if len(rows) == 1:
         return _states(q, k, v, rows[0], top_k, scale, engine)[0]
     out = [
-        _states(*(x[b : b + 1] for x in (q, k, v)), rows[of[b]], top_k, scale, engine)[0]
+        _states(q[b : b + 1], k[b : b + 1], v[b : b + 1], rows[of[b]], top_k, scale, engine)[0]
         for b in range(batch)
     ]
     return torch.cat(out)
