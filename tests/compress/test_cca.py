@@ -128,7 +128,7 @@ def test_cores_and_window_are_all_of_the_past_without_overlap(g, s):
             assert int(window[t - 1].sum()) <= s + g - 1
 
 
-@pytest.mark.parametrize(("g", "s", "shift"), [(3, 5, 0), (3, 5, 12), (16, 70, 32), (7, 2, 21)])
+@pytest.mark.parametrize(("g", "s", "shift"), [(3, 5, 0), (3, 5, 12), (16, 70, 32), (7, 2, 21), (100, 5, 210)])
 def test_layouts_are_the_sets(g, s, shift):
     """Tile by tile they are what `contains` says, also when the first tokens are gone."""
     ours, core = CoreWindow(g, s, shift), CoreTokens(g, s, shift)
