@@ -324,7 +324,7 @@ class CCACache:
         averaged = None
         if self.rope is not None and self.pool_rope == "pre":
             averaged = k_pre if self.open is None else torch.cat([self.open, k_pre], 2)
-            self.open = averaged[:, :, (last - first) * g :]
+            self.open = averaged[:, :, (last - first) * g :].clone()
             averaged = averaged[:, :, : (last - first) * g]
         if last > first:
             ends = slice((first + 1) * g - 1 - before, None, g)  # the evaluators among the new tokens
@@ -348,7 +348,10 @@ class CCACache:
         assert self.window is not None
         gone = cores * self.group - self.start
         if gone > 0:
-            self.window = (self.window[0][:, :, gone:], self.window[1][:, :, gone:])
+            self.window = (
+                self.window[0][:, :, gone:].clone(),
+                self.window[1][:, :, gone:].clone(),
+            )  # frees the rest
             self.start += gone
 
     def _check(self, q: Tensor, k_pre: Tensor, v: Tensor, position_ids: Tensor | None) -> None:

@@ -190,11 +190,15 @@ def _states(
         z = _grouped_logits(queries.to(wide), gate_keys.to(wide)) * factor  # (B, H, n, R)
         choice = earlier[part].expand(z.shape)
         if top_k is not None and top_k < len(ends):
-            score = _best(z.detach().masked_fill(~choice, -torch.inf), kv_heads)  # (B, Hkv, n, R)
-            chosen = torch.zeros_like(score, dtype=torch.bool).scatter(3, score.topk(top_k, 3).indices, True)
-            choice = choice & chosen.repeat_interleave(heads // kv_heads, 1)
+            score = z.detach().masked_fill(~choice, -torch.inf)
+            score = score if heads == kv_heads else _best(score, kv_heads)  # (B, Hkv, n, R)
+            kept = score.topk(top_k, 3).indices.repeat_interleave(heads // kv_heads, 1)  # (B, H, n, k)
+            choice = choice & torch.zeros_like(choice).scatter(3, kept, True)
+            lse = _logsumexp(z.gather(3, kept), choice.gather(3, kept))
+        else:
+            lse = _logsumexp(z, choice)
         past = choice_attention(queries, keys, values, choice, gated, gates=z, scale=scale, engine=engine)
-        out, lse = merge([(state[0][:, :, part], state[1][:, :, part]), (past, _logsumexp(z, choice))])
+        out, lse = merge([(state[0][:, :, part], state[1][:, :, part]), (past, lse)])
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 2), torch.cat(lses, 2)
@@ -260,8 +264,9 @@ class LandmarkCache:
         positions: "stingy" or "true". With top_k=None blocks stay where they were.
         scale, engine: as in `landmark_attention`.
 
-    Everything is kept, so memory grows with the text; what is read per token does not. Tensors are replaced, never
-    written to: a shallow `copy()` is an independent cache. Batch rows have their landmarks at the same places.
+    Everything is kept, so memory grows with the text, and what a query reads by one landmark per block. Tensors are
+    replaced, never written to: a shallow `copy()` is an independent cache. Batch rows have their landmarks at the same
+    places.
 
     Source: Landmark Attention: Random-Access Infinite Context Length for Transformers (2023). The paper keeps blocks
     on the CPU while the model runs on a GPU; here they stay where they are.
@@ -293,7 +298,10 @@ class LandmarkCache:
                 f"LandmarkCache: positions must be one of {', '.join(POSITIONS)}, got {positions!r}"
             )
         self.rope, self.positions, self.scale, self.engine = rope, positions, scale, engine
-        self.held: tuple[Tensor, Tensor] | None = None  # (B, Hkv, t, D), unrotated, and (B, Hkv, t, Dv)
+        self.whole: tuple[Tensor, Tensor] | None = (
+            None  # of whole blocks: (B, Hkv, n, D), unrotated, (B, Hkv, n, Dv)
+        )
+        self.open: tuple[Tensor, Tensor] | None = None  # of the open block
 
     def copy(self) -> LandmarkCache:
         """A cache that goes on from here by itself."""
@@ -302,7 +310,7 @@ class LandmarkCache:
     @property
     def length(self) -> int:
         """Tokens so far, landmarks counted."""
-        return 0 if self.held is None else self.held[0].shape[2]
+        return sum(held[0].shape[2] for held in (self.whole, self.open) if held is not None)
 
     @property
     def blocks(self) -> int:
@@ -312,22 +320,25 @@ class LandmarkCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.numel() * t.element_size() for t in self.held or ())
+        return sum(t.numel() * t.element_size() for t in (*(self.whole or ()), *(self.open or ())))
 
     def append(self, k_pre: Tensor, v: Tensor, is_landmark: Tensor | None = None) -> None:
         """Take tokens in; arguments as in `step`."""
         self._landmarks(k_pre, is_landmark)
-        if self.held is not None:
-            held, new = self.held[0].shape, k_pre.shape
-            if (new[0], new[1], new[3]) != (held[0], held[1], held[3]):
+        new = (k_pre, v)
+        if self.open is not None:
+            held, came = self.open[0].shape, k_pre.shape
+            if (came[0], came[1], came[3]) != (held[0], held[1], held[3]):
                 raise ValueError(
-                    f"LandmarkCache: it holds keys {tuple(held)}; k_pre must agree but for the tokens, got {tuple(new)}"
+                    f"LandmarkCache: it holds keys {tuple(held)}; k_pre must agree but for the tokens, got "
+                    f"{tuple(came)}"
                 )
-        self.held = (
-            (k_pre, v)
-            if self.held is None
-            else tuple(torch.cat(pair, 2) for pair in zip(self.held, (k_pre, v), strict=True))  # pyright: ignore
-        )
+            new = _joined(self.open, new)
+        closed = new[0].shape[2] // (self.every + 1) * (self.every + 1)
+        self.open = (new[0][:, :, closed:].clone(), new[1][:, :, closed:].clone())  # lets the rest go
+        if closed:
+            done = (new[0][:, :, :closed], new[1][:, :, :closed])
+            self.whole = done if self.whole is None else _joined(self.whole, done)
 
     def retrieve(self, q: Tensor, top_k: int, aggregate: str = "token") -> tuple[Tensor, Tensor, Tensor]:
         """Fetch the blocks whose landmarks the queries like best, oldest first.
@@ -363,9 +374,9 @@ class LandmarkCache:
 
     @torch.no_grad()
     def _scores(self, q: Tensor, top_k: int, blocks: int) -> Tensor:
-        if not blocks or self.held is None:
+        if not blocks or self.whole is None:
             raise ValueError("LandmarkCache: there is no whole block to retrieve yet")
-        k, size = self.held[0], self.every + 1
+        k, size = self.whole[0], self.every + 1
         landmarks = k[:, :, self.every : blocks * size : size]  # (B, Hkv, R, D)
         place = torch.arange(blocks, device=k.device)
         if self.positions == "true":
@@ -383,7 +394,7 @@ class LandmarkCache:
         score = self._scores(q, top_k, blocks)  # (B, Hkv, n, R)
         if aggregate == "max_over_tokens":
             score = score.amax(2, keepdim=True)
-        k, v = cast("tuple[Tensor, Tensor]", self.held)
+        k, v = cast("tuple[Tensor, Tensor]", self.whole)
         size, top_k = self.every + 1, min(top_k, blocks)
         chosen = self.choose(score, top_k)  # (B, Hkv, n, k)
         if self.positions == "true":
@@ -428,12 +439,13 @@ class LandmarkCache:
             top_k = integer("LandmarkCache", "top_k", top_k, 0)
         before, blocks, size = self.length, self.blocks, self.every + 1
         self.append(k_pre, v, is_landmark)
-        assert self.held is not None
         place = torch.arange(self.length, device=q.device)
         if self.rope is not None:
             q = self.rope(q, place[before:])
         start = 0 if top_k is None else blocks * size  # of what is read in its place
-        keys, values = (x[:, :, start:] for x in self.held)
+        keys, values = cast("tuple[Tensor, Tensor]", self.open)
+        if self.whole is not None and self.whole[0].shape[2] > start:
+            keys, values = _joined((self.whole[0][:, :, start:], self.whole[1][:, :, start:]), (keys, values))
         if self.rope is not None:
             keys = self.rope(keys, place[start:])
         near = _states(q, keys, values, (place[start:] + 1) % size == 0, None, self.scale, self.engine)
@@ -470,6 +482,10 @@ class LandmarkCache:
                 f"LandmarkCache: is_landmark must hold at every {self.every + 1}th token from the first on and nowhere "
                 f"else, got {int(given.sum())} landmarks in {k.shape[2]} tokens after {self.length}"
             )
+
+
+def _joined(held: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat([held[0], new[0]], 2), torch.cat([held[1], new[1]], 2)
 
 
 def _best(z: Tensor, kv_heads: int) -> Tensor:

@@ -128,7 +128,9 @@ def test_cores_and_window_are_all_of_the_past_without_overlap(g, s):
             assert int(window[t - 1].sum()) <= s + g - 1
 
 
-@pytest.mark.parametrize(("g", "s", "shift"), [(3, 5, 0), (3, 5, 12), (16, 70, 32), (7, 2, 21), (100, 5, 210)])
+@pytest.mark.parametrize(
+    ("g", "s", "shift"), [(3, 5, 0), (3, 5, 12), (16, 70, 32), (7, 2, 21), (100, 5, 210)]
+)
 def test_layouts_are_the_sets(g, s, shift):
     """Tile by tile they are what `contains` says, also when the first tokens are gone."""
     ours, core = CoreWindow(g, s, shift), CoreTokens(g, s, shift)
@@ -180,6 +182,16 @@ def test_the_cache_gives_the_parallel_form_and_stays_small(n, g, s, pool_rope, c
     assert cache.pairs == n // g + n - g * max(0, (n - s) // g) or cuts == "uneven"
     if n > 2 * s and cuts == "tokens":
         assert cache.nbytes < 8 * 2 * 2 * n * (8 + 6)
+
+
+def test_memory_is_let_go():
+    """What is kept does not hold on to the tensors that it was cut from."""
+    q, k, v = tensors(500)
+    cache = CCACache(4, 6, rope=Rotary())
+    cache.append(q, k, v)
+    held = [*cache.core, *cache.window, cache.open]
+    assert sum(x.untyped_storage().nbytes() for x in held) == cache.nbytes
+    assert cache.nbytes <= 8 * 2 * (8 + 6) * (500 // 4 + 6 + 3) + 8 * 2 * 8 * 3
 
 
 def test_append_then_step():

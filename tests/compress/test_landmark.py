@@ -262,6 +262,13 @@ def test_block_by_block_is_the_parallel_form(top_k, rope):
         assert (cache.length, cache.blocks) == (at, at // size)
 
 
+def test_the_open_block_does_not_hold_on_to_the_rest():
+    _, k, v = tensors(43)
+    cache = LandmarkCache(3)
+    cache.append(k, v)
+    assert sum(x.untyped_storage().nbytes() for x in cache.open) == 3 * 2 * (8 + 6) * 8
+
+
 def test_chunks_of_several_blocks_read_all_of_themselves():
     q, k, v = tensors(30)
     cache = LandmarkCache(3)
