@@ -31,6 +31,9 @@ def every(n, size):
 
 
 SOME = torch.tensor([c == "L" for c in "..L....L.L..L......"])  # blocks of 2, 4, 1 and 2, and six open tokens
+EMPTY = torch.tensor(
+    [c == "L" for c in "LL.LL..LL...L.."]
+)  # some blocks without tokens, the first two among them
 
 
 def oracle(z, landmark, offset=0, top=None):
@@ -139,7 +142,7 @@ def test_block_logits_shift_nothing_and_gate_logits_scale_the_block():
 
 
 # -------------------------------------------------------------------------------------------- engine form
-@pytest.mark.parametrize("landmark", [every(29, 4), SOME, every(24, 2)])
+@pytest.mark.parametrize("landmark", [every(29, 4), SOME, EMPTY, every(24, 2)])
 @pytest.mark.parametrize("cut", [0, 5])
 @pytest.mark.parametrize("chunk", [1 << 22, 40])
 def test_equals_the_grouped_softmax(landmark, cut, chunk, monkeypatch):
