@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.layers.hierarchical import HierarchicalSelfAttention
+
+__all__ = ["HierarchicalSelfAttention"]
