@@ -18,6 +18,7 @@ from torch import Tensor
 from foveate.core.attention import attention
 from foveate.core.layout import TILE, BlockLayout, pack_bits, tiles
 from foveate.core.scores import Bias
+from foveate.layers.intervals import interval_layout
 
 STEP = 64  # positions whose thresholds are found at once
 ROWS = 1 << 17  # gathered keys held per call of the engine
@@ -204,7 +205,7 @@ class KeptKeys:
         zero = (self.offset + block * torch.arange(at, stop, device=device)).view(-1, 1, 1)
         enter = (key - zero).clamp_min(0)
         leave = torch.where(used, self.leaves.flatten()[own] - zero, 0).clamp(0, block)
-        layout = _alive(enter.flatten(0, 1), leave.flatten(0, 1), block, heads)
+        layout = interval_layout(enter.flatten(0, 1), leave.flatten(0, 1), block, heads)
         k, v, bias = (t.index_select(0, own.flatten()).view(batch * many, kv_heads, width, -1) for t in flat)
         if n < many * block:
             q = torch.cat([q, q.new_zeros(*q.shape[:2], many * block - n, q.shape[3])], 2)
@@ -294,27 +295,3 @@ def topw_prefix_selector(bias: Tensor, w: int, offset: int = 0) -> KeptKeys:
         leaves = torch.full(flat.shape, m, device=bias.device)
     leaves = torch.where(flat == -torch.inf, here, leaves)
     return KeptKeys(leaves.view(bias.shape), m - offset, w)
-
-
-def _alive(enter: Tensor, leave: Tensor, length: int, heads: int) -> BlockLayout:
-    """Layout in which query r of `length` sees slot s when enter[s] <= r < leave[s]; int64 (B, Hkv, slots) each."""
-    batch, kv_heads, slots = enter.shape
-    nq, nk = length // TILE, tiles(slots)
-    both = np.zeros((2, batch, kv_heads, nk * TILE), np.int64)
-    both[..., :slots] = torch.stack([enter, leave]).cpu().numpy()
-    lo, hi = both.reshape(2, batch, kv_heads, 1, nk, TILE)  # (B, Hkv, 1, nk, 64)
-    top = np.arange(nq)[:, None] * TILE
-    some = ((lo < top[..., None] + TILE) & (hi > np.maximum(lo, top[..., None]))).any(-1)  # (B, Hkv, nq, nk)
-    rest = slots - np.arange(nk)[:, None] * TILE <= np.arange(TILE)  # slots beyond the last
-    full = (((lo <= top[..., None]) & (hi >= top[..., None] + TILE)) | rest).all(-1)
-    b, h, i, j = np.nonzero(some & ~full)
-    r = (i[:, None] * TILE + np.arange(TILE))[:, :, None]  # (partial tiles, 64, 1)
-    words = pack_bits((lo[b, h, 0, j][:, None] <= r) & (r < hi[b, h, 0, j][:, None]))
-    number = np.where(some, -1, -2)  # of the bitmap; -2: no pair
-    number[b, h, i, j] = np.arange(len(words))
-    number = number.repeat(heads // kv_heads, 1).reshape(batch * heads * nq, nk)
-    rows, columns = np.nonzero(number > -2)
-    made = BlockLayout.from_tiles(
-        length, slots, rows, columns, words, batch=batch, heads=heads, which=number[rows, columns]
-    )
-    return made.to(enter.device)
