@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from foveate.core.attention import attention
 from foveate.core.scores import Bias
 from foveate.layers.prefix_top import topw_prefix_selector
+from foveate.layers.rotary import rotated
 
 FORMS = ("linear", "exp")
 
@@ -215,7 +216,7 @@ class DynamicMaskAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rope is not None:
-            q, k = _rotated(q, rope), _rotated(k, rope)
+            q, k = rotated(q, rope), rotated(k, rope)
         bias = self.bias(v)
         keys = (k, v, bias) if state is None else state.joined(k, v, bias)
         out = dma_attention(q, *keys, self.keep_window).transpose(1, 2).flatten(2)
@@ -235,15 +236,3 @@ class DynamicMaskAttention(nn.Module):
         return (
             f"heads={self.heads}, kv_heads={self.kv_heads}, keep_window={self.keep_window}, form={self.form}"
         )
-
-
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """Halves (a, b) of x (B, heads, N, D) -> (a cos - b sin, a sin + b cos)."""
-    if angles.shape != (x.shape[2], x.shape[3] // 2) or x.shape[3] % 2:
-        raise ValueError(
-            f"rope must have shape {(x.shape[2], x.shape[3] // 2)}, (tokens, head_dim / 2) with an even head_dim; "
-            f"got {tuple(angles.shape)}"
-        )
-    a, b = x.chunk(2, -1)
-    cos, sin = angles.cos().to(x), angles.sin().to(x)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
