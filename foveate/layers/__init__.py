@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
+from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 
 __all__ = [
+    "ClusterLayout",
     "DMACache",
     "DynamicMaskAttention",
     "KeptKeys",
+    "RoutingAttention",
+    "RoutingSelector",
     "dma_attention",
     "dma_bias",
+    "routing_attention",
     "topw_prefix_selector",
 ]
