@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import statistics
 from functools import partial
 from typing import Any, cast
@@ -27,14 +25,14 @@ from foveate.catalogue.lab import (
     lines,
     slope,
 )
-from foveate.catalogue.lab.tasks import IGNORE, generator
-from foveate.catalogue.lab.tiny import TinyLM, train
+from foveate.catalogue.lab.facts import Facts
+from foveate.catalogue.lab.tasks import generator
+from foveate.catalogue.lab.tiny import TinyLM
 from foveate.layers import KeptKeys, dma_attention, dma_bias, topw_prefix_selector
 from foveate.patterns import Causal, SlidingWindow
 
-KINDS, LOOKS, FILLER = 8, 4, 8  # a fact is one of 4 looks of one of 8 kinds; 8 kinds of filler
-TOKENS, KEEP, HEADS, DIM, LAYERS, STEPS, BUDGET = 256, 32, 4, 64, 2, 200, 1024
-EDGES = (1, 17, 33, 65, 97, 129, 193, 256)
+TOKENS, KEEP, HEADS, DIM, LAYERS, STEPS = 256, 32, 4, 64, 2, 200
+TASK = Facts(TOKENS, (1, 17, 33, 65, 97, 129, 193, 256))
 FAR = LAYERS * KEEP  # what two windows reach
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals. Gate: full attention answers at least 0.95 of the questions about facts more "
@@ -72,48 +70,16 @@ class Mix(nn.Module):
 ARMS = ("full", "dynamic masks", "sliding window", "random keys")
 
 
-def rows(batch: int, length: int, g: torch.Generator, share: float | None = None) -> tuple[Tensor, ...]:
-    """(ids, targets, places (batch, KINDS) of the facts, distances from each question to its fact).
-
-    One fact of each kind stands in the first half; after it a token of its kind asks for it, at a share of the places.
-    """
-    place = torch.rand(batch, max(KINDS, length // 2), generator=g).argsort(1)[:, :KINDS]
-    fact = FILLER + KINDS + torch.arange(KINDS) * LOOKS + torch.randint(LOOKS, (batch, KINDS), generator=g)
-    which = torch.randint(KINDS, (batch, length), generator=g)
-    distance = torch.arange(length) - place.gather(1, which)
-    often = torch.rand(batch, 1, generator=g) if share is None else share
-    asked = (torch.rand(batch, length, generator=g) < often) & (distance > 0)
-    ids = torch.where(asked, FILLER + which, torch.randint(FILLER, (batch, length), generator=g))
-    targets = torch.where(asked, fact.gather(1, which), IGNORE)
-    return ids.scatter(1, place, fact), targets.scatter(1, place, IGNORE), place, distance
-
-
 def trained(lab: Lab, name: str, seed: int) -> dict[str, Any]:
     """Share of questions answered by distance, and beyond FAR; facts among the keys that the last query keeps."""
     torch.manual_seed(seed)
     mixes = [Mix(name, seed) for _ in range(LAYERS)]
-    model = TinyLM(FILLER + KINDS + KINDS * LOOKS, DIM, HEADS, LAYERS, mixes)
-    steps = lab.pick(STEPS, 6)
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:  # rows grow to their length over the first half
-        length = min(TOKENS, 16 * math.ceil(2 * step / steps * TOKENS / 16 + 1e-9))
-        ids, targets, *_ = rows(max(1, BUDGET // length), length, generator(seed, step))
-        return ids, targets
-
-    train(lab, model, batch, steps=steps, lr=4e-3, what=f"{name}, seed {seed}")
-    ids, targets, place, distance = rows(lab.pick(128, 16), TOKENS, generator(99), 0.1)
-    model.eval()
-    with torch.no_grad():
-        right = model(ids).argmax(-1) == targets
-    asked = targets != IGNORE
-    answered = lambda near, end: float(right[asked & (distance >= near) & (distance < end)].float().mean())  # noqa: E731
+    model = TinyLM(TASK.vocab, DIM, HEADS, LAYERS, mixes)
+    TASK.learn(lab, model, lab.pick(STEPS, 6), seed, f"{name}, seed {seed}")
+    near, far, place = TASK.answered(model, lab.pick(128, 16), FAR)
     last = [mix.kept.at(TOKENS - 1).float() for mix in mixes if mix.kept is not None]  # (rows, heads, keys)
     held = [float(at.gather(2, place[:, None].expand(-1, HEADS, -1)).mean()) for at in last]
-    return {
-        "near": [answered(a, b) for a, b in itertools.pairwise(EDGES)],
-        "far": answered(FAR + 1, TOKENS),
-        "held": max(held, default=1.0),
-    }
+    return {"near": near, "far": far, "held": max(held, default=1.0)}
 
 
 def counted(lab: Lab) -> list[Figure]:
@@ -164,10 +130,7 @@ def run(lab: Lab) -> Finding:
             "distance (tokens)",
             "share answered",
             [
-                banded(
-                    name, [(a + b - 1) / 2 for a, b in itertools.pairwise(EDGES)], [r["near"] for r in found],
-                    most=1.0, reference=name == "full",
-                )
+                banded(name, TASK.middles, [r["near"] for r in found], most=1.0, reference=name == "full")
                 for name, found in runs.items()
             ],
         ),
