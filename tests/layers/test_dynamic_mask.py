@@ -127,6 +127,18 @@ def test_padding_is_never_kept():
         torch.testing.assert_close(out[:1, :, 40:], alone, atol=1e-12, rtol=0)
 
 
+# ------------------------------------------------------------------------------------------------- the bias
+@pytest.mark.parametrize("form", ["linear", "exp"])
+def test_the_bias_is_the_formula(form):
+    v, weight, a = normal(2, 3, 5, 4, seed=1), normal(3, 12, seed=2), [0.5, -1.5, 2.0]
+    found = dma_bias(v, _linear(weight), torch.tensor(a, dtype=torch.float64), form)
+    for b, h, j in itertools.product(range(2), range(3), range(5)):
+        flat = [x for head in range(3) for x in v[b, head, j].tolist()]
+        z = math.fsum(x * y for x, y in zip(flat, weight[h].tolist(), strict=True))
+        want = a[h] * math.log1p(math.exp(z))
+        assert math.isclose(found[b, h, j], math.exp(want) if form == "exp" else want, rel_tol=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------ attention
 @pytest.mark.parametrize(("n", "m", "w"), [(13, 13, 4), (31, 31, 40), (7, 23, 5), (1, 17, 6), (75, 75, 1)])
 def test_equals_the_oracle(n, m, w):
