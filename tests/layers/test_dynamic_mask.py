@@ -131,12 +131,12 @@ def test_padding_is_never_kept():
 @pytest.mark.parametrize("form", ["linear", "exp"])
 def test_the_bias_is_the_formula(form):
     v, weight, a = normal(2, 3, 5, 4, seed=1), normal(3, 12, seed=2), [0.5, -1.5, 2.0]
-    found = dma_bias(v, _linear(weight), torch.tensor(a, dtype=torch.float64), form)
+    found = dma_bias(v, _linear(weight), torch.tensor(a, dtype=torch.float64), form).tolist()
     for b, h, j in itertools.product(range(2), range(3), range(5)):
         flat = [x for head in range(3) for x in v[b, head, j].tolist()]
         z = math.fsum(x * y for x, y in zip(flat, weight[h].tolist(), strict=True))
         want = a[h] * math.log1p(math.exp(z))
-        assert math.isclose(found[b, h, j], math.exp(want) if form == "exp" else want, rel_tol=1e-12)
+        assert math.isclose(found[b][h][j], math.exp(want) if form == "exp" else want, rel_tol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ attention

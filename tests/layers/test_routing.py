@@ -224,6 +224,10 @@ def test_a_centroid_without_tokens_stays_and_padding_does_not_count():
     again.means.copy_(before)
     again.update(padded, mask=(kind < 2)[None])
     assert torch.equal(again.means, router.means)
+    jump = selector(1, 32, 5, decay=0.0)
+    jump.means.copy_(before)
+    jump.update(x)
+    torch.testing.assert_close(jump.means[0, 4], before[0, 4], atol=1e-5, rtol=0)
 
 
 def test_the_centroids_find_planted_clusters():
