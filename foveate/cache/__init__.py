@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from foveate.cache.budget import Budget
 from foveate.cache.layer import Geometry, LayerCache, Pool
+from foveate.cache.moa import (
+    MoAPlan,
+    SpanRule,
+    attention_influence,
+    group_influence,
+    predicted_loss,
+    search_spans,
+    span_rules,
+)
+from foveate.cache.policies.duo_attention import DuoAttention, duo_attention, duo_pattern, head_table
 from foveate.cache.policies.h2o import H2O
+from foveate.cache.policies.moa import MoA
 from foveate.cache.policies.oracle import OracleTopK
 from foveate.cache.policies.random import RandomKeep
 from foveate.cache.policies.recycled import Recycled, recycled_mask
@@ -19,9 +30,12 @@ __all__ = [
     "H2O",
     "POLICIES",
     "Budget",
+    "DuoAttention",
     "Geometry",
     "Kept",
     "LayerCache",
+    "MoA",
+    "MoAPlan",
     "OracleTopK",
     "Policy",
     "Pool",
@@ -30,11 +44,20 @@ __all__ = [
     "Reader",
     "Recycled",
     "SnapKV",
+    "SpanRule",
     "Streaming",
     "TaskKV",
     "View",
+    "attention_influence",
+    "duo_attention",
+    "duo_pattern",
+    "group_influence",
+    "head_table",
     "load",
     "make",
+    "predicted_loss",
     "recycled_mask",
+    "search_spans",
     "semantic_distances",
+    "span_rules",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 
@@ -10,6 +11,7 @@ __all__ = [
     "ClusterLayout",
     "DMACache",
     "DynamicMaskAttention",
+    "HierarchicalSelfAttention",
     "KeptKeys",
     "RoutingAttention",
     "RoutingSelector",
