@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
+from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 
-__all__ = ["HierarchicalSelfAttention"]
+__all__ = [
+    "ClusterLayout",
+    "DMACache",
+    "DynamicMaskAttention",
+    "HierarchicalSelfAttention",
+    "KeptKeys",
+    "RoutingAttention",
+    "RoutingSelector",
+    "dma_attention",
+    "dma_bias",
+    "routing_attention",
+    "topw_prefix_selector",
+]
