@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+
+__all__ = ["BoundaryPredictor", "boundary_loss", "boundary_targets"]
