@@ -120,6 +120,8 @@ def test_equals_the_oracle_without_sink_instruction_or_room_between():
     check(q, k, v, DHSA(block=16, budget=25, local=20, sink=5, instruction=0))
     check(q, k, v, DHSA(block=13, budget=26, local=13, sink=0, instruction=3, chunk=1))
     check(q, k, v, DHSA(block=64, budget=90, local=64, sink=1, instruction=0, chunk=1000))
+    for chunk in (21, 24, 29, 40):  # the first keys and the last ones cut chunks that alone would suffice
+        check(q, k, v, DHSA(block=16, budget=48, local=20, sink=5, instruction=0, chunk=chunk, per_head=True))
 
 
 def test_equals_the_oracle_on_given_boundaries_with_empty_chunks():
