@@ -2,4 +2,18 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.cache.longheads import (
+    LongHeadsCache,
+    LongHeadsPolicy,
+    chunk_representation,
+    longheads_attention,
+    select_chunks,
+)
+
+__all__ = [
+    "LongHeadsCache",
+    "LongHeadsPolicy",
+    "chunk_representation",
+    "longheads_attention",
+    "select_chunks",
+]
