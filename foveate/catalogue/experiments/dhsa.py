@@ -29,8 +29,9 @@ CONTROLS = ("window + first keys", "random keys")
 COUNTS_IF = (
     "reader's four layers on 2,048 bytes, four held-out texts for each of three seeds; query blocks of 64 keep 256 "
     "keys in every arm, so all compute the same number of pairs; predictors trained 100 steps on reader's own "
-    "attention, a boundary wherever the predictor's probability is above one half; even chunks are at least as many as predicted "
-    "ones. Gate: the best lists possible (from the true map) recall at least 0.05 more of the attention than window + "
+    "attention, a boundary wherever the predictor's probability is above one half; even chunks are at least as many as "
+    "predicted ones. Gate: the best lists possible (from the true map) recall at least 0.05 more of the attention than "
+    "window + "
     "first keys, else open. Then all of: predicted chunks scored with the square root recall more than predicted "
     "chunks scored by plain means, even chunks with the square root, even chunks by plain means, blocks of 64 keys, "
     "window + first keys, and random keys (95 % intervals of the paired differences above 0)"

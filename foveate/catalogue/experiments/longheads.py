@@ -140,8 +140,8 @@ def run(lab: Lab) -> Finding:
             *(judge(means[OURS, times], 0.8) for times in (4, 8)), *(judge(gain, 0.1) for gain in gains)
         )
     return Finding(
-        question="Does a model find keys in rows four and eight times as long as those it was trained on when each head "
-        "chooses chunks and reads them as one short row?",
+        question="Does a model find keys in rows four and eight times as long as those it was trained on when each "
+        "head chooses chunks and reads them as one short row?",
         counts_if=COUNTS_IF,
         verdict=verdict,
         summary=f"Trained on {SHORT} tokens, where dense attention finds {means['dense', 1].value:.3g}; beyond the "
