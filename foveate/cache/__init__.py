@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from foveate.cache.budget import Budget
+from foveate.cache.layer import Geometry, LayerCache, Pool
 from foveate.cache.longheads import (
     LongHeadsCache,
     LongHeadsPolicy,
@@ -9,11 +11,42 @@ from foveate.cache.longheads import (
     longheads_attention,
     select_chunks,
 )
+from foveate.cache.policies.h2o import H2O
+from foveate.cache.policies.oracle import OracleTopK
+from foveate.cache.policies.random import RandomKeep
+from foveate.cache.policies.recycled import Recycled, recycled_mask
+from foveate.cache.policies.snapkv import SnapKV
+from foveate.cache.policies.streaming import Streaming
+from foveate.cache.policies.task_kv import TaskKV, semantic_distances
+from foveate.cache.policy import POLICIES, Kept, Policy, Reader, load, make
+from foveate.cache.store import RaggedStore
+from foveate.cache.view import View
 
 __all__ = [
+    "H2O",
+    "POLICIES",
+    "Budget",
+    "Geometry",
+    "Kept",
+    "LayerCache",
     "LongHeadsCache",
     "LongHeadsPolicy",
+    "OracleTopK",
+    "Policy",
+    "Pool",
+    "RaggedStore",
+    "RandomKeep",
+    "Reader",
+    "Recycled",
+    "SnapKV",
+    "Streaming",
+    "TaskKV",
+    "View",
     "chunk_representation",
+    "load",
     "longheads_attention",
+    "make",
+    "recycled_mask",
     "select_chunks",
+    "semantic_distances",
 ]
