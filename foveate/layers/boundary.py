@@ -11,16 +11,18 @@ from torch.nn import functional as F
 from foveate.core.patterns.base import integer
 
 CHUNK = 1 << 24  # elements of unfolded windows, or of attention probabilities, that are held at once
+END = -100.0  # logit of a place without a full window on either side
 
 
 class BoundaryPredictor(nn.Module):
     """Logit of a boundary after each key, from the `window` keys up to it and the `window` keys after it.
 
-        u = LayerNorm(MultiHead([x_{t-w+1} ... x_{t+w}]))      zeros beyond the ends
+        u = LayerNorm(MultiHead([x_{t-w+1} ... x_{t+w}]))
         l, r = mean of the first w, of the last w of u
         logit_t = Linear(ReLU(Linear([l, r, |l - r|, l r, cos(l, r)])))
 
-    One predictor serves all layers of a model. For `DHSA(predictor=)`.
+    and -100, which is never a boundary, where a side has fewer than w keys. One predictor serves all layers of a model.
+    For `DHSA(predictor=)`.
 
     Args:
         channels: C, the key heads times their dimension.
@@ -66,10 +68,13 @@ class BoundaryPredictor(nn.Module):
             got = tuple(keys.shape) if isinstance(keys, Tensor) else type(keys).__name__
             raise ValueError(f"keys must be a tensor (batch, {self.channels}, length), got {got}")
         w = self.window
-        x = F.pad(keys.transpose(1, 2).to(self.out.weight.dtype), (0, 0, w - 1, w))  # (B, N + 2 w - 1, C)
-        qkv = self.project(x).unfold(1, 2 * w, 1)  # (B, N, 3 C, 2 w)
+        x = keys.transpose(1, 2).to(self.out.weight.dtype)  # (B, N, C)
+        if x.shape[1] < 2 * w:
+            return x.new_full(x.shape[:2], END)
+        qkv = self.project(x).unfold(1, 2 * w, 1)  # (B, N - 2 w + 1, 3 C, 2 w)
         step = max(1, CHUNK // (keys.shape[0] * self.channels * 2 * w))
-        return torch.cat([self._logits(piece) for piece in qkv.split(step, 1)], 1)
+        found = torch.cat([self._logits(piece) for piece in qkv.split(step, 1)], 1)
+        return F.pad(found, (w - 1, w), value=END)
 
     def _logits(self, qkv: Tensor) -> Tensor:
         """(B, n, 3 C, 2 w) -> (B, n)"""

@@ -1,4 +1,7 @@
-"""DHSA: attention recalled by keys of predicted chunks, of even chunks, and of simpler choices with as many pairs."""
+"""DHSA: attention recalled by keys of predicted chunks, of even chunks, and of simpler choices with as many pairs.
+
+A first form, with 256 keys per block, was left open: window + first keys came within 0.036 of the best lists possible.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ from foveate.patterns import Causal
 from foveate.selectors import DHSA, Selector, fixed_boundaries
 
 TOKENS, TRAINED, TEXTS, STEPS = 2048, 512, 4, 100
-OURS = DHSA(block=64, budget=256, local=64, sink=16, instruction=0, theta=0.0)
+OURS = DHSA(block=64, budget=128, local=64, sink=8, instruction=0, theta=0.0)
 NAME = "predicted chunks, square root"
 CONTROLS = ("window + first keys", "random keys")
 COUNTS_IF = (
-    "reader's four layers on 2,048 bytes, four held-out texts for each of three seeds; query blocks of 64 keep 256 "
+    "reader's four layers on 2,048 bytes, four held-out texts for each of three seeds; query blocks of 64 keep 128 "
     "keys in every arm, so all compute the same number of pairs; predictors trained 100 steps on reader's own "
     "attention, a boundary wherever the predictor's probability is above one half; even chunks are at least as many as "
     "predicted ones. Gate: the best lists possible (from the true map) recall at least 0.05 more of the attention than "
