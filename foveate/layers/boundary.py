@@ -30,7 +30,7 @@ class BoundaryPredictor(nn.Module):
         heads: of the attention within the 2 w keys; divides C.
         hidden: width of the hidden layer.
 
-    Cost: 4 C**2 + 4 C w + 8 C hidden multiply-adds per key and projection; windows are unfolded in pieces.
+    Cost per key, in multiply-adds: (3 + 2 w) C**2 + 8 w**2 C + 4 C hidden; windows are unfolded in pieces.
 
     Source: Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs (2025); the attention
     encoder of the released code (the others are not built). Keys are projected once, not once for every window.

@@ -20,9 +20,9 @@ def oracle_logit(predictor: BoundaryPredictor, x: torch.Tensor, t: int) -> torch
     """Logit after key t of keys x (N, C)."""
     n, c = x.shape
     w = predictor.window
-    window = torch.stack(
-        [x[j] if 0 <= j < n else torch.zeros_like(x[0]) for j in range(t - w + 1, t + w + 1)]
-    )
+    if t < w - 1 or t + w >= n:
+        return x.new_tensor(-100.0)
+    window = x[t - w + 1 : t + w + 1]
     heads = nn.MultiheadAttention(c, predictor.heads, batch_first=True).to(x)
     heads.load_state_dict(
         {
