@@ -81,7 +81,7 @@ class BoundaryPredictor(nn.Module):
         parts = (
             qkv.unflatten(2, (3, self.heads, -1)).transpose(-1, -2).unbind(2)
         )  # (B, n, heads, 2 w, C / heads)
-        mixed = F.scaled_dot_product_attention(*parts)
+        mixed = F.scaled_dot_product_attention(*parts)  # pyright: ignore[reportArgumentType]
         u = self.norm(self.out(mixed.transpose(2, 3).flatten(3)))  # (B, n, 2 w, C)
         left, right = u.unflatten(2, (2, -1)).mean(3).unbind(2)  # (B, n, C)
         alike = F.cosine_similarity(left, right, dim=-1, eps=1e-6).unsqueeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from foveate.core.selectors.dhsa import DHSA, chunk_means, dhsa_attention
 
 dhsa = import_module("foveate.core.selectors.dhsa")
 token_lists = import_module("foveate.core.selectors.token_lists")
-SMALL = {"block": 16, "budget": 48, "local": 20, "sink": 5, "chunk": 7, "instruction": 11}
+SMALL: dict[str, Any] = {"block": 16, "budget": 48, "local": 20, "sink": 5, "chunk": 7, "instruction": 11}
 
 
 def tensors(batch, heads, kv_heads, n, m, dim=8, seed=0, dtype=torch.float64):

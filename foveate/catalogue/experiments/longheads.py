@@ -108,7 +108,7 @@ def measured(lab: Lab, seed: int) -> dict[str, Any]:
                 if isinstance(attend, Heads):
                     attend.wanted = where
                 for block in model.blocks:
-                    block.attend = attend
+                    block.attend = attend  # pyright: ignore[reportArgumentType]
                 hits.append(accuracy(lab, model, [batch]))
             found[name].append(statistics.mean(hits))
             if isinstance(attend, Heads) and times == TIMES[-1]:

@@ -135,9 +135,8 @@ class TokenLists:
             at = self._places(first, last, k.shape[1])  # (B blocks, L', T)
             keys, values = (t.index_select(0, at.flatten()).view(*at.shape, -1) for t in flat)
             found = part(mine, keys, values, self._within(first, last, size))
-            parts.append(
-                tuple(t.unflatten(0, (-1, last - first)).transpose(1, 2).flatten(2, 3) for t in found)
-            )  # pyright: ignore
+            out, lse = (t.unflatten(0, (-1, last - first)).transpose(1, 2).flatten(2, 3) for t in found)
+            parts.append((out, lse))
         if self.rows < self.q_len:
             parts.append(part(q[:, :, self.rows :], k, v, self.pattern))
         out, lse = (torch.cat(tensors, 2) for tensors in zip(*parts, strict=True))
