@@ -11,7 +11,18 @@ from foveate.cache.longheads import (
     longheads_attention,
     select_chunks,
 )
+from foveate.cache.moa import (
+    MoAPlan,
+    SpanRule,
+    attention_influence,
+    group_influence,
+    predicted_loss,
+    search_spans,
+    span_rules,
+)
+from foveate.cache.policies.duo_attention import DuoAttention, duo_attention, duo_pattern, head_table
 from foveate.cache.policies.h2o import H2O
+from foveate.cache.policies.moa import MoA
 from foveate.cache.policies.oracle import OracleTopK
 from foveate.cache.policies.random import RandomKeep
 from foveate.cache.policies.recycled import Recycled, recycled_mask
@@ -26,11 +37,14 @@ __all__ = [
     "H2O",
     "POLICIES",
     "Budget",
+    "DuoAttention",
     "Geometry",
     "Kept",
     "LayerCache",
     "LongHeadsCache",
     "LongHeadsPolicy",
+    "MoA",
+    "MoAPlan",
     "OracleTopK",
     "Policy",
     "Pool",
@@ -39,14 +53,23 @@ __all__ = [
     "Reader",
     "Recycled",
     "SnapKV",
+    "SpanRule",
     "Streaming",
     "TaskKV",
     "View",
+    "attention_influence",
     "chunk_representation",
+    "duo_attention",
+    "duo_pattern",
+    "group_influence",
+    "head_table",
     "load",
     "longheads_attention",
     "make",
+    "predicted_loss",
     "recycled_mask",
+    "search_spans",
     "select_chunks",
     "semantic_distances",
+    "span_rules",
 ]

@@ -216,7 +216,8 @@ class LayerCache:
             assert self.limit is not None
             limit = self.policy.limit(self.layer, view.seen, self.limit, self.budget)
             room = limit.where(limit >= 0, view.positions.shape[2])
-            keep = top(view.positions, self._padded("pinned"), view.valid, room)
+            first = view.positions < view.first[:, None, None] + self.policy.first_tokens(self.budget)
+            keep = top(view.positions, self._padded("pinned") | (view.valid & first), view.valid, room)
         else:
             keep, pinned = self._choose(view)
             self._pin(pinned)
@@ -271,11 +272,11 @@ class LayerCache:
         )
 
     def _held_view(self, shape: Geometry, whole: bool = False) -> View:
-        """What is stored now; keys and values only if ``whole`` or for scores by queries (others see empty ones)."""
+        """What is stored now; keys and values only if ``whole`` or for scores that need them (else empty)."""
         store = self.store
         assert store is not None
         valid = store.valid()
-        if self.policy.window and (whole or not (self.policy.by_age or self.policy.reads)):
+        if whole or (not (self.policy.by_age or self.policy.reads) and self.policy.needs_keys):
             k, v = store.padded("keys"), store.padded("values")
         else:
             k = store.keys.new_empty(*valid.shape, 0)

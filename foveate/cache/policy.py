@@ -48,6 +48,8 @@ class Policy:
     needs_mass: ClassVar[bool] = False
     """Attention received is accumulated for it (`View.mass`)."""
     needs_outputs: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = True
+    """Its scores look at keys or values also while decoding (they are gathered for it then)."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -73,6 +75,10 @@ class Policy:
     def first(self, view: View, budget: Budget) -> Kept | None:
         """The decision at the end of a prefill; None = by score, under the budget."""
         return None
+
+    def first_tokens(self, budget: Budget) -> int:
+        """With `by_age`: so many first tokens of the sequence never age, also where the prompt was shorter."""
+        return budget.sinks
 
     def limit(self, layer: int, seen: Tensor, limit: Tensor, budget: Budget) -> Tensor:
         """Limits (B, Hkv) as they stand after ``seen`` (B,) real tokens, given those of `first`; -1 = none."""

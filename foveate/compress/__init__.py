@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.compress.hierarchical import Hierarchy, hierarchical_attention, sibling_positions
+
+__all__ = ["Hierarchy", "hierarchical_attention", "sibling_positions"]

@@ -9,6 +9,7 @@ except ImportError as error:
 
 from foveate.hf.apply import Handle, apply
 from foveate.hf.cache import Cache, Held, LayerHeld
+from foveate.hf.head_gates import HeadGates, train_head_gates
 from foveate.hf.report import Check, CheckError, LayerReport, Report
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "Check",
     "CheckError",
     "Handle",
+    "HeadGates",
     "Held",
     "LayerHeld",
     "LayerReport",
     "Report",
     "apply",
+    "train_head_gates",
 ]

@@ -63,6 +63,9 @@ class Job:
     heads: frozenset[int] | None
     phase: str
     engine: str
+    mix: Callable[[int, Tensor, Tensor], Tensor] | None = (
+        None  # (layer, unrestricted output, restricted) -> output
+    )
     suspended: bool = False  # check() runs the same path with the dense policy and without counting
 
     def head_set(self, total: int) -> HeadSet | None:
@@ -156,20 +159,24 @@ def forward(
     else:
         plan = selector_plan(rule, policy, heads, query, key, scaling)
 
-    if plan.stop - plan.start < key.shape[2]:
-        key, value = key[:, :, plan.start : plan.stop], value[:, :, plan.start : plan.stop]
-    out = attention(
-        query,
-        key,
-        value,
-        plan.who,
-        score=with_bias(extras, plan.start, plan.stop, additive) or None,
-        sinks=extras.sinks,
-        scale=scaling,
-        dropout_p=dropout,
-        engine=job.engine,
-    )
-    assert isinstance(out, Tensor)
+    def run(plan: Plan) -> Tensor:
+        out = attention(
+            query,
+            key[:, :, plan.start : plan.stop],
+            value[:, :, plan.start : plan.stop],
+            plan.who,
+            score=with_bias(extras, plan.start, plan.stop, additive) or None,
+            sinks=extras.sinks,
+            scale=scaling,
+            dropout_p=dropout,
+            engine=job.engine,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    out = run(plan)
+    if job.mix is not None and policy is not None and rule is not None and site is not None:
+        out = job.mix(site.layer, run(dense_plan(rule)), out)
     if sealed is not None:
         from foveate.hf.cache import settle
 

@@ -3,5 +3,11 @@
 from __future__ import annotations
 
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.hierarchical import HierarchicalSelfAttention
 
-__all__ = ["BoundaryPredictor", "boundary_loss", "boundary_targets"]
+__all__ = [
+    "BoundaryPredictor",
+    "HierarchicalSelfAttention",
+    "boundary_loss",
+    "boundary_targets",
+]

@@ -92,6 +92,9 @@ class TaskKV(Policy):
             chosen = torch.where(line.sum(1, keepdim=True) > 0, chosen, by_fraction)
         return torch.zeros_like(chosen).scatter_(1, order, chosen)
 
+    def first_tokens(self, budget: Budget) -> int:
+        return self.n_sink
+
     def first(self, view: View, budget: Budget) -> Kept:
         if view.out_weight is None or view.outputs is None:
             raise ValueError(
