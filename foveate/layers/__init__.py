@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 
 __all__ = [
+    "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
     "DynamicMaskAttention",
@@ -15,6 +17,8 @@ __all__ = [
     "KeptKeys",
     "RoutingAttention",
     "RoutingSelector",
+    "boundary_loss",
+    "boundary_targets",
     "dma_attention",
     "dma_bias",
     "routing_attention",
