@@ -9,5 +9,16 @@ except ImportError as error:
 
 from foveate.hf.apply import Handle, apply
 from foveate.hf.report import Check, CheckError, LayerReport, Report
+from foveate.hf.seer_attention import distill_gates, make_gates, rotary_of
 
-__all__ = ["Check", "CheckError", "Handle", "LayerReport", "Report", "apply"]
+__all__ = [
+    "Check",
+    "CheckError",
+    "Handle",
+    "LayerReport",
+    "Report",
+    "apply",
+    "distill_gates",
+    "make_gates",
+    "rotary_of",
+]

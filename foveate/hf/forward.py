@@ -130,7 +130,8 @@ def forward(
     elif isinstance(policy, Pattern):
         plan = pattern_plan(rule, policy, heads)
     else:
-        plan = selector_plan(rule, policy, heads, query, key, scaling)
+        assert site is not None
+        plan = selector_plan(rule, policy.at_layer(site.layer), heads, query, key, scaling)
 
     if plan.stop - plan.start < key.shape[2]:
         key, value = key[:, :, plan.start : plan.stop], value[:, :, plan.start : plan.stop]

@@ -2,4 +2,22 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.layers.seer_attention import (
+    BlockGate,
+    SeerAttention,
+    gate_layout,
+    gate_loss,
+    load_gates,
+    pooled_attention_target,
+    save_gates,
+)
+
+__all__ = [
+    "BlockGate",
+    "SeerAttention",
+    "gate_layout",
+    "gate_loss",
+    "load_gates",
+    "pooled_attention_target",
+    "save_gates",
+]
