@@ -41,13 +41,15 @@ class _Listener(Selector):
 
     gates: Mapping[int, BlockGate]
     rotary: Rotary | None
-    layer: int | None = None
+    layer: int = -1
     found: dict[int, Lesson] = field(default_factory=dict)
 
     def at_layer(self, layer: int) -> _Listener:
         return replace(self, layer=layer)
 
-    def layout(self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True) -> BlockLayout:
+    def layout(
+        self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True
+    ) -> BlockLayout:
         n = q.shape[2]
         if self.layer in self.gates:
             gate = self.gates[self.layer]
@@ -78,7 +80,9 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
     return found[0]
 
 
-def make_gates(model: PreTrainedModel, *, block: int = 64, width: int | None = None, **settings: Any) -> dict[int, BlockGate]:
+def make_gates(
+    model: PreTrainedModel, *, block: int = 64, width: int | None = None, **settings: Any
+) -> dict[int, BlockGate]:
     """An untrained gate for every layer, sized and based on the model's configuration.
 
     Args:
@@ -124,7 +128,9 @@ def gate_lessons(
     return listener.found
 
 
-def lesson_loss(gates: Mapping[int, BlockGate], lessons: Mapping[int, Lesson], drop_first: float = 0.25) -> Tensor:
+def lesson_loss(
+    gates: Mapping[int, BlockGate], lessons: Mapping[int, Lesson], drop_first: float = 0.25
+) -> Tensor:
     """The sum of the layers' `gate_loss`."""
     losses = [
         gate_loss(gates[i].score(one.q, one.k, one.tokens, one.tokens), one.target, drop_first)
@@ -135,7 +141,7 @@ def lesson_loss(gates: Mapping[int, BlockGate], lessons: Mapping[int, Lesson], d
 
 def distill_gates(
     model: PreTrainedModel,
-    data: Iterable[Tensor],
+    data: Iterable[Tensor | Mapping[int, Lesson]],
     steps: int = 500,
     lr: float = 1e-3,
     *,
@@ -152,8 +158,9 @@ def distill_gates(
     Only gates have gradients; the model runs densely without any, and its weights are not touched.
 
     Args:
-        data: batches of token ids (B, N) without padding. A sequence of batches is gone through again and again, each
-            seen by the model only once: their lessons are kept. Another iterable must last for `steps` batches.
+        data: batches of token ids (B, N) without padding, or what `gate_lessons` made of them. A sequence is gone
+            through again and again, each batch seen by the model only once: their lessons are kept. Another iterable
+            must last for `steps` batches.
         gates: the gates to train on; default `make_gates(model)`.
         log: called with (step, loss).
 
@@ -168,19 +175,25 @@ def distill_gates(
     tables = rotary_of(model) if rotary is None else rotary
     parameters = [p for gate in gates.values() for p in gate.train().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    kept: dict[int, dict[int, Lesson]] = {}
+    kept: dict[int, Mapping[int, Lesson]] = {}
     rest = None if isinstance(data, Sequence) else iter(data)
     for step in range(steps):
         if rest is not None:
             try:
-                lessons = gate_lessons(model, next(rest), gates, rotary=tables)
+                batch = next(rest)
             except StopIteration:
                 raise ValueError(f"distill_gates: data ended after {step} of {steps} batches") from None
+            lessons = (
+                batch if isinstance(batch, Mapping) else gate_lessons(model, batch, gates, rotary=tables)
+            )
         else:
             assert isinstance(data, Sequence)
             number = step % len(data)
             if number not in kept:
-                kept[number] = gate_lessons(model, data[number], gates, rotary=tables)
+                batch = data[number]
+                kept[number] = (
+                    batch if isinstance(batch, Mapping) else gate_lessons(model, batch, gates, rotary=tables)
+                )
             lessons = kept[number]
         warm = min(1.0, (step + 1) / max(warm_up, 1))
         done = max(0, step - warm_up) / max(1, steps - warm_up)

@@ -29,7 +29,9 @@ from foveate.core.statistics import block_causal, block_map, block_pool
 
 POOLS = {"max": "max", "min": "min", "avg": "mean"}
 METHODS = ("threshold", "ratio", "mass")
-Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (like, positions (1, N)) -> cos, sin (1, N, <= D)
+Rotary = Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor]
+]  # (like, positions (1, N)) -> cos, sin (1, N, <= D)
 
 
 class BlockGate(nn.Module):
@@ -83,9 +85,22 @@ class BlockGate(nn.Module):
                 "rotary embedding"
             )
         for name, pools in (("q_pool", q_pool), ("k_pool", k_pool)):
-            if isinstance(pools, str) or not pools or not set(pools) <= set(POOLS) or len(set(pools)) < len(pools):
-                raise ValueError(f"BlockGate: {name} must be different names out of {', '.join(POOLS)}; got {pools!r}")
-        self.heads, self.kv_heads, self.head_dim, self.block, self.width = heads, kv_heads, head_dim, block, width
+            if (
+                isinstance(pools, str)
+                or not pools
+                or not set(pools) <= set(POOLS)
+                or len(set(pools)) < len(pools)
+            ):
+                raise ValueError(
+                    f"BlockGate: {name} must be different names out of {', '.join(POOLS)}; got {pools!r}"
+                )
+        self.heads, self.kv_heads, self.head_dim, self.block, self.width = (
+            heads,
+            kv_heads,
+            head_dim,
+            block,
+            width,
+        )
         self.q_pool, self.k_pool, self.theta = tuple(q_pool), tuple(k_pool), theta
         both = len(q_pool) > 1 or width != head_dim
         self.mask_linear_q = _HeadLinear(heads, head_dim * len(q_pool), width, std) if both else None
@@ -145,7 +160,9 @@ class BlockGate(nn.Module):
         """Rotary embedding of (.., blocks, d_g) at the first token of block `first`, `first` + 1, ..."""
         if self.theta is None:
             return x
-        rates = self.theta ** (-torch.arange(0, self.width, 2, dtype=torch.float64, device=x.device) / self.width)
+        rates = self.theta ** (
+            -torch.arange(0, self.width, 2, dtype=torch.float64, device=x.device) / self.width
+        )
         place = torch.arange(first, first + x.shape[-2], dtype=torch.float64, device=x.device) * self.block
         angle = (place[:, None] * rates).repeat(1, 2)  # (blocks, d_g)
         return x * angle.cos().to(x) + turned(x) * angle.sin().to(x)
@@ -193,7 +210,11 @@ def pooled_attention_target(
     (torch.Size([1, 2, 2, 2]), True, 0.0)
     """
     target = block_map(q, k, block, reduce=reduce, scale=scale, lse=lse)
-    return target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny) if normalize else target
+    return (
+        target / target.sum(-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
+        if normalize
+        else target
+    )
 
 
 def gate_loss(logits: Tensor, target: Tensor, drop_first: float = 0.25) -> Tensor:
@@ -223,36 +244,10 @@ def gate_loss(logits: Tensor, target: Tensor, drop_first: float = 0.25) -> Tenso
 
 # ------------------------------------------------------------------------------------------------------- inference
 @torch.no_grad()
-def gate_layout(
-    logits: Tensor,
-    q_len: int,
-    k_len: int,
-    *,
-    block: int = TILE,
-    method: str = "threshold",
-    value: float = 2e-3,
-    dense_last: int = 2,
-) -> BlockLayout:
-    """The layout of the blocks that a gate keeps; causal within them.
-
-    The diagonal block and block 0 are always kept, and everything for the last `dense_last` query blocks (the question).
-
-    Args:
-        logits: (B, H, ceil(q_len / block), ceil(k_len / block)), as `BlockGate` returns them.
-        block: a multiple of 64; q_len <= k_len.
-        method: "threshold": G_IJ > value (the paper: 5e-4 to 5e-3; below 0 keeps everything). A fixed threshold keeps
-            less of longer inputs, whose scores are about 1 / blocks each.
-            "ratio": the best round((1 - sqrt(1 - value)) nk) blocks of every row, which is a share `value` of the
-            causal map, the diagonal and block 0 counted in, `dense_last` not.
-            "mass": the best blocks of every row until their G_IJ sum to `value`.
-
-    Raises:
-        ValueError: another method, a value out of range, shapes that do not fit.
-
-    >>> layout = gate_layout(torch.zeros(1, 1, 64, 64), 4096, 4096, method="ratio", value=0.25, dense_last=0)
-    >>> round(layout.area / (4096 * 4097 / 2), 2)
-    0.25
-    """
+def gate_blocks(
+    logits: Tensor, q_len: int, k_len: int, block: int, method: str, value: float, dense_last: int
+) -> Tensor:
+    """The block map of `gate_layout`, bool like logits; the block may have any size."""
     if method not in METHODS:
         raise ValueError(f"gate_layout: method must be one of {', '.join(METHODS)}; got {method!r}")
     if not math.isfinite(value) or (method != "threshold" and not 0 < value <= 1):
@@ -260,14 +255,11 @@ def gate_layout(
         raise ValueError(f"gate_layout: value {value!r} of {method}; accepted: {accepted}")
     if isinstance(dense_last, bool) or not isinstance(dense_last, int) or dense_last < 0:
         raise ValueError(f"gate_layout: dense_last must be an int >= 0, got {dense_last!r}")
-    if block % TILE or block < 1 or q_len > k_len:
-        raise ValueError(
-            f"gate_layout: block {block} for {q_len} queries and {k_len} keys; accepted: a multiple of {TILE}, and no "
-            "more queries than keys"
-        )
     nq, nk = -(-q_len // block), -(-k_len // block)
     if logits.ndim != 4 or tuple(logits.shape[2:]) != (nq, nk):
-        raise ValueError(f"gate_layout: logits must have shape (batch, heads, {nq}, {nk}), got {tuple(logits.shape)}")
+        raise ValueError(
+            f"gate_layout: logits must have shape (batch, heads, {nq}, {nk}), got {tuple(logits.shape)}"
+        )
     visible = block_causal(q_len, k_len, block, logits.device)
     place = torch.arange(nk, device=logits.device)
     always = place == place[:nq, None] + nk - nq
@@ -286,6 +278,46 @@ def gate_layout(
     kept = (kept | always) & visible
     if dense_last:
         kept[:, :, -dense_last:] = visible[-dense_last:]
+    return kept
+
+
+def gate_layout(
+    logits: Tensor,
+    q_len: int,
+    k_len: int,
+    *,
+    block: int = TILE,
+    method: str = "threshold",
+    value: float = 2e-3,
+    dense_last: int = 2,
+) -> BlockLayout:
+    """The layout of the blocks that a gate keeps; causal within them.
+
+    The diagonal block and block 0 are always kept, and everything for the last `dense_last` query blocks, where the
+    question stands.
+
+    Args:
+        logits: (B, H, ceil(q_len / block), ceil(k_len / block)), as `BlockGate` returns them.
+        block: a multiple of 64; q_len <= k_len.
+        method: "threshold": G_IJ > value (the paper: 5e-4 to 5e-3; below 0 keeps everything). A fixed threshold keeps
+            less of longer inputs, whose scores are about 1 / blocks each.
+            "ratio": the best round((1 - sqrt(1 - value)) nk) blocks of every row, which is a share `value` of the
+            causal map, the diagonal and block 0 counted in, `dense_last` not.
+            "mass": the best blocks of every row until their G_IJ sum to `value`.
+
+    Raises:
+        ValueError: another method, a value out of range, shapes that do not fit.
+
+    >>> layout = gate_layout(torch.zeros(1, 1, 64, 64), 4096, 4096, method="ratio", value=0.25, dense_last=0)
+    >>> round(layout.area / (4096 * 4097 / 2), 2)
+    0.25
+    """
+    if block % TILE or block < 1 or q_len > k_len:
+        raise ValueError(
+            f"gate_layout: block {block} for {q_len} queries and {k_len} keys; accepted: a multiple of {TILE}, and no "
+            "more queries than keys"
+        )
+    kept = gate_blocks(logits, q_len, k_len, block, method, value, dense_last)
     return BlockLayout.from_blocks(kept, q_len, k_len, block=block, causal=True)
 
 
@@ -323,10 +355,14 @@ class SeerAttention(Selector):
     def __post_init__(self) -> None:
         gates = [self.gates] if isinstance(self.gates, BlockGate) else list(dict(self.gates).values())
         if not gates or not all(isinstance(gate, BlockGate) for gate in gates):
-            raise TypeError(f"SeerAttention.gates must be a BlockGate or a mapping layer -> BlockGate, got {self.gates!r}")
+            raise TypeError(
+                f"SeerAttention.gates must be a BlockGate or a mapping layer -> BlockGate, got {self.gates!r}"
+            )
         for gate in gates:
             if gate.block % TILE:
-                raise ValueError(f"SeerAttention needs gates whose block is a multiple of {TILE}, got {gate.block}")
+                raise ValueError(
+                    f"SeerAttention needs gates whose block is a multiple of {TILE}, got {gate.block}"
+                )
         if self.method not in METHODS:
             raise ValueError(f"SeerAttention.method must be one of {', '.join(METHODS)}; got {self.method!r}")
 
@@ -334,10 +370,14 @@ class SeerAttention(Selector):
         return replace(self, layer=layer)
 
     @torch.no_grad()
-    def layout(self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True) -> BlockLayout:
+    def layout(
+        self, q: Tensor, k: Tensor, *, scale: float | None = None, is_causal: bool = True
+    ) -> BlockLayout:
         """The layout for q (B, H, N, D) and k (B, Hkv, M, D); `scale` does not matter to a gate."""
         if not is_causal:
-            raise ValueError("SeerAttention is defined for causal attention; got is_causal=False, accepted is True")
+            raise ValueError(
+                "SeerAttention is defined for causal attention; got is_causal=False, accepted is True"
+            )
         n, m = q.shape[2], k.shape[2]
         gate = self._gate()
         if n == 1 or gate is None:
@@ -346,7 +386,13 @@ class SeerAttention(Selector):
         if self.rotary is not None:
             q, k = unrotated(q, self.rotary, m - n), unrotated(k, self.rotary, 0)
         return gate_layout(
-            gate(q, k), n, m, block=gate.block, method=self.method, value=self.value, dense_last=self.dense_last
+            gate(q, k),
+            n,
+            m,
+            block=gate.block,
+            method=self.method,
+            value=self.value,
+            dense_last=self.dense_last,
         )
 
     def _gate(self) -> BlockGate | None:
@@ -441,7 +487,9 @@ def load_gates(
     if not states:
         raise ValueError(f"{path}: holds no gates")
     if make is None and meta.get("format") != _FORMAT:
-        raise ValueError(f"{path}: does not say the gates' settings; pass make=, a function that makes an empty gate")
+        raise ValueError(
+            f"{path}: does not say the gates' settings; pass make=, a function that makes an empty gate"
+        )
     settings = json.loads(meta["settings"]) if make is None else {}
     gates = {}
     for layer, state in sorted(states.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def make(heads=4, kv_heads=2, dim=6, block=5, width=6, seed=0, **settings):
+def make(heads=4, kv_heads=2, dim=6, block=5, width=6, seed=0, **settings: Any) -> BlockGate:
     torch.manual_seed(seed)
     return BlockGate(heads, kv_heads, dim, block, width, std=0.5, **settings).double()
 
@@ -120,6 +121,7 @@ def test_a_chunk_of_a_prompt_has_the_logits_of_its_rows():
 
 
 def test_gate_errors():
+    wrong: dict[str, Any]
     for wrong, message in (
         ({"heads": 3}, "heads must be a multiple of kv_heads, got 3 and 2"),
         ({"block": 0}, "block must be an int >= 1, got 0"),
@@ -133,7 +135,9 @@ def test_gate_errors():
     gate = make()
     with pytest.raises(ValueError, match=r"q must have shape \(batch, 4, tokens, 6\), got \(1, 2, 9, 6\)"):
         gate(normal(1, 2, 9, 6), normal(1, 2, 9, 6))
-    with pytest.raises(ValueError, match="9 queries and 11 keys; accepted: equal lengths, or more keys by a multiple"):
+    with pytest.raises(
+        ValueError, match="9 queries and 11 keys; accepted: equal lengths, or more keys by a multiple"
+    ):
         gate(normal(1, 4, 9, 6), normal(1, 2, 11, 6))
 
 
@@ -275,11 +279,14 @@ def test_the_kept_blocks_are_the_rule_s(method, value, n, m, dense_last):
 def test_ratio_is_the_causal_density(ratio):
     n = 64 * 100
     layout = gate_layout(logits_of(100, heads=1), n, n, method="ratio", value=ratio, dense_last=0)
-    assert layout.area / (n * (n + 1) / 2) == pytest.approx(ratio, abs=0.016)  # half a block per row, half a diagonal
+    assert layout.area / (n * (n + 1) / 2) == pytest.approx(
+        ratio, abs=0.016
+    )  # half a block per row, half a diagonal
 
 
 def test_layout_errors():
     logits = logits_of(4)
+    wrong: dict[str, Any]
     for wrong, message in (
         ({"method": "best"}, "method must be one of threshold, ratio, mass; got 'best'"),
         ({"method": "ratio", "value": 0.0}, "value 0.0 of ratio; accepted: 0 < value <= 1"),
@@ -367,19 +374,23 @@ def test_gates_are_written_and_read(tmp_path):
 
 def test_published_gates_are_read_by_name(tmp_path):
     weights = {
-        f"model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight": torch.randn(4, 18, 6).bfloat16() for i in (0, 1)
+        f"model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight": torch.randn(4, 18, 6).bfloat16()
+        for i in (0, 1)
     }
     path = tmp_path / "attn_gate_weights.pth"
     torch.save(weights, path)
     found = load_gates(path, lambda: BlockGate(4, 2, 6, 64, 6))
     for i in (0, 1):
-        assert torch.equal(found[i].mask_linear_k.weight, weights[f"model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight"].float())
+        assert torch.equal(
+            found[i].mask_linear_k.weight,
+            weights[f"model.layers.{i}.self_attn.attn_gate.mask_linear_k.weight"].float(),
+        )
     with pytest.raises(ValueError, match="does not say the gates' settings; pass make="):
         load_gates(path)
     with pytest.raises(ValueError, match="layer 0 does not fit"):
         load_gates(path, lambda: BlockGate(4, 2, 6, 64, 8))
     torch.save({**weights, "model.norm.weight": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match="model.norm.weight is not a weight of a gate"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is not a weight of a gate"):
         load_gates(path, lambda: BlockGate(4, 2, 6, 64, 6))
     with pytest.raises(ValueError, match="no gates"):
         save_gates({}, path)
