@@ -30,7 +30,7 @@ def test_the_order_matters_and_comes_back():
     x = torch.arange(12).view(1, 12, 1)
     assert from_interleaved(x, 3)[0, :, 0].tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
     assert torch.equal(to_interleaved(from_interleaved(x, 3), 3), x)
-    with pytest.raises(ValueError, match="from_interleaved: shape .1, 12, 1. and kv_heads 5; accepted"):
+    with pytest.raises(ValueError, match="kv_heads 5; accepted"):
         from_interleaved(x, 5)
     layout = FlexPrefill(64, gamma=0.5, min_budget=64).layout(
         torch.randn(1, 4, 300, 8), torch.randn(1, 2, 300, 8)
