@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.seer_attention import (
     BlockGate,
     SeerAttention,
@@ -14,6 +15,7 @@ from foveate.layers.seer_attention import (
 
 __all__ = [
     "BlockGate",
+    "HierarchicalSelfAttention",
     "SeerAttention",
     "gate_layout",
     "gate_loss",
