@@ -15,6 +15,7 @@ from foveate.cache.moa import (
 )
 from foveate.cache.policies.duo_attention import DuoAttention, duo_attention, duo_pattern, head_table
 from foveate.cache.policies.h2o import H2O
+from foveate.cache.policies.moa import MoA
 from foveate.cache.policies.oracle import OracleTopK
 from foveate.cache.policies.random import RandomKeep
 from foveate.cache.policies.recycled import Recycled, recycled_mask
@@ -33,6 +34,7 @@ __all__ = [
     "Geometry",
     "Kept",
     "LayerCache",
+    "MoA",
     "MoAPlan",
     "OracleTopK",
     "Policy",
