@@ -230,7 +230,7 @@ def _read(
     scale: float | None,
     engine: str,
 ) -> Tensor:
-    """Queries (B, H, n, D) from position `first` = i w on, over chunks `chosen` (B, Hkv, n, P) of k, v (.., C, w, D)."""
+    """Queries (B, H, n, D) from position `first` = i w on, over chunks (B, Hkv, n, P) of k, v (.., C, w, D)."""
     batch, heads, n, _ = q.shape
     kv_heads, count, w = k.shape[1:4]
     inside = torch.arange(first, first + n, device=q.device) % w

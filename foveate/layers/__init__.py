@@ -9,6 +9,7 @@ from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 
 __all__ = [
+    "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
@@ -17,10 +18,16 @@ __all__ = [
     "KeptKeys",
     "RoutingAttention",
     "RoutingSelector",
+    "SeerAttention",
     "boundary_loss",
     "boundary_targets",
     "dma_attention",
     "dma_bias",
+    "gate_layout",
+    "gate_loss",
+    "load_gates",
+    "pooled_attention_target",
     "routing_attention",
+    "save_gates",
     "topw_prefix_selector",
 ]
