@@ -34,6 +34,7 @@ _NAMES = {
 _MODULES = {
     "patterns": "foveate.patterns",
     "selectors": "foveate.selectors",
+    "composite": "foveate.composite",
     "hf": "foveate.hf",
     "organisms": "foveate.organisms",
 }
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "alibi_slopes",
     "attention",
+    "composite",
     "explain",
     "hf",
     "merge",
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from foveate import hf, organisms, patterns, selectors
+    from foveate import composite, hf, organisms, patterns, selectors
     from foveate.core.attention import attention, explain
     from foveate.core.layout import BlockLayout
     from foveate.core.merge import merge

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "foveate"
 LEVELS = {
     "core": 0,
+    "composite": 0.5,
     "hf": 1,
     "organisms": 1,
     "bench": 2,
