@@ -34,7 +34,10 @@ _NAMES = {
 _MODULES = {
     "patterns": "foveate.patterns",
     "selectors": "foveate.selectors",
+    "cache": "foveate.cache",
     "composite": "foveate.composite",
+    "compress": "foveate.compress",
+    "layers": "foveate.layers",
     "hf": "foveate.hf",
     "organisms": "foveate.organisms",
 }
@@ -55,9 +58,12 @@ __all__ = [
     "__version__",
     "alibi_slopes",
     "attention",
+    "cache",
     "composite",
+    "compress",
     "explain",
     "hf",
+    "layers",
     "merge",
     "organisms",
     "patterns",
@@ -65,7 +71,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from foveate import composite, hf, organisms, patterns, selectors
+    from foveate import cache, composite, compress, hf, layers, organisms, patterns, selectors
     from foveate.core.attention import attention, explain
     from foveate.core.layout import BlockLayout
     from foveate.core.merge import merge

@@ -13,12 +13,15 @@ import pytest
 ROOT = Path(__file__).parents[1] / "foveate"
 LEVELS = {
     "core": 0,
-    "composite": 0.5,
-    "hf": 1,
-    "organisms": 1,
-    "bench": 2,
-    "catalogue": 3,
-    "cli": 4,
+    "cache": 1,
+    "composite": 1,
+    "compress": 1,
+    "layers": 2,
+    "hf": 3,
+    "organisms": 3,
+    "bench": 4,
+    "catalogue": 5,
+    "cli": 6,
 }  # a room imports from lower levels and itself
 FACADES = {"patterns": 0.5, "selectors": 0.5}  # foveate/patterns.py re-exports core's
 OPTIONAL = (

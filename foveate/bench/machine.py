@@ -65,8 +65,11 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """Commit of the checkout, with ``+changes`` if tracked files differ from it; None outside git."""
+def commit(apart_from: str = "") -> str | None:
+    """Commit of the checkout, with ``+changes`` if tracked files differ from it; None outside git.
+
+    apart_from: a folder of the checkout whose changes do not count (that of the results being written).
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -81,7 +84,8 @@ def commit() -> str | None:
     head = git("rev-parse", "--short=12", "HEAD")
     if head is None:
         return None
-    return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    where = [".", f":(exclude){apart_from}"] if apart_from else ["."]
+    return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", *where) else "")
 
 
 def environment() -> dict[str, Any]:

@@ -342,6 +342,9 @@ def _check_words(entry: Entry, refuse) -> None:
         refuse("date", f"got {entry.date!r}; accepted: YYYY-MM-DD or YYYY-MM")
     if len(entry.name) > 40:
         refuse("name", f"has {len(entry.name)} characters; accepted: at most 40")
+    wide = [line for line in entry.snippet.splitlines() if len(line) > 78]
+    if wide:
+        refuse("snippet", f"line {wide[0]!r} has {len(wide[0])} columns; accepted: at most 78")
     if len(entry.idea) > 200:
         refuse("idea", f"has {len(entry.idea)} characters; accepted: one sentence of at most 200")
     for name in ("code", "paper"):

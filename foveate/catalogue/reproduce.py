@@ -134,7 +134,7 @@ def run(entry: Entry, lab: Lab) -> Record:
     import numpy as np
     import torch
 
-    from foveate.bench.machine import environment
+    from foveate.bench.machine import commit, environment
 
     paths = (*entry.implementation, entry.evidence, *((entry.picture,) if entry.picture else ()))
     used = sources(paths)
@@ -153,7 +153,11 @@ def run(entry: Entry, lab: Lab) -> Record:
         quick=lab.quick,
         seeds=lab.seeds,
         seconds=round(seconds, 1),
-        environment={"device": _device(lab.device), **environment()},
+        environment={
+            "device": _device(lab.device),
+            **environment(),
+            "commit": commit(apart_from="foveate/catalogue/evidence"),
+        },
         sources=used,
         picture=picture,
         **{f.name: getattr(found, f.name) for f in dataclasses.fields(found)},

@@ -49,7 +49,13 @@ def source_file(found: Any) -> Path:
     target = inspect.unwrap(found) if callable(found) else found
     if not (inspect.isclass(target) or inspect.isroutine(target) or inspect.ismodule(target)):
         target = type(target)
-    file = Path(inspect.getsourcefile(target) or "").resolve()
+    try:
+        written = inspect.getsourcefile(target)
+    except TypeError:  # built in
+        written = None
+    if written is None:
+        raise UnresolvedPath(f"{found!r} has no source file")
+    file = Path(written).resolve()
     if not file.is_relative_to(PACKAGE):
         raise UnresolvedPath(f"{found!r} is written in {file}, outside of the package")
     return file

@@ -93,7 +93,7 @@ def page(catalogue: Catalogue, entry: Entry) -> Iterator[str]:
     """Everything worth reading about an entry, at most 80 columns wide."""
     status, record = catalogue.status(entry.key), catalogue.records.get(entry.key)
     yield from textwrap.wrap(entry.title, WIDTH)
-    yield f"{entry.key} · {entry.date} · {entry.family}, {entry.kind} · {status}"
+    yield from textwrap.wrap(f"{entry.key} · {entry.date} · {entry.family}, {entry.kind} · {status}", WIDTH)
     if entry.aliases:
         yield from textwrap.wrap("also: " + ", ".join(entry.aliases), WIDTH)
     yield ""

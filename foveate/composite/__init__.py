@@ -1,4 +1,6 @@
-"""Composites: attention made of several attention calls whose results are merged."""
+"""Composite: mechanisms made of several attention calls whose results are merged."""
+
+from __future__ import annotations
 
 from foveate.composite.halves import causal_by_halves
 from foveate.composite.hyperattention import HyperAttention

@@ -162,5 +162,7 @@ def weights() -> dict:
     logits = torch.randn(40, 40) - 0.15 * (torch.arange(40)[:, None] - torch.arange(40)[None]).abs()
     causal = torch.ones(40, 40).tril().bool()
     return pictures.weights(
-        "Softmax of a causal head", logits.masked_fill(~causal, -1e9).softmax(-1), code="softmax(q @ k.T)"
+        "Half of the softmax of a causal head",
+        logits.masked_fill(~causal, -1e9).softmax(-1) / 2,
+        code="softmax(q @ k.T) / 2",
     )

@@ -14,8 +14,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from gallery_sample import a_record, band, implemented, sample, weights
 from click.testing import CliRunner
+from gallery_sample import a_record, band, implemented, sample, weights
 
 from foveate.catalogue import gallery, load, record, vocabulary
 from foveate.catalogue.entry import Cost, Relation
@@ -618,6 +618,7 @@ def test_synonyms_are_read_strictly(tmp_path):
     assert documents.groups(path) == []
     path.write_text('[[group]]\nwords = ["kv cache", "key value cache"]\n', encoding="utf-8")
     assert documents.groups(path) == [["kv cache", "key value cache"]]
-    path.write_text("[[group]]\nwords = [1]\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"synonyms.toml: group 0: words is \[1\]"):
-        documents.groups(path)
+    for words, shown in (("words = [1]", r"\[1\]"), ('words = "ab"', "'ab'"), ("word = []", "None")):
+        path.write_text(f"[[group]]\n{words}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"synonyms.toml: group 0: words is {shown}; accepted"):
+            documents.groups(path)

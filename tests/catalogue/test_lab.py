@@ -321,7 +321,7 @@ def test_training_learns_and_repeats():
 
     (one, score), (other, _) = losses(), losses()
     assert one == other
-    assert len(one) == 100
+    assert len(one) == 150
     assert sum(one[-20:]) / 20 < 0.5 * sum(one[:5]) / 5
     assert score > 0.8
 

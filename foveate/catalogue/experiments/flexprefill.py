@@ -8,11 +8,20 @@ from functools import cache, partial
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 
 import foveate as fv
 from foveate.bench.subject import load_subject
-from foveate.bench.tasks import Question, is_recalled, questions
+from foveate.bench.tasks import (
+    Bits,
+    Question,
+    is_recalled,
+    paired_difference,
+    questions,
+    token_windows,
+    window_bits,
+)
 from foveate.bench.texts import load_text
 from foveate.catalogue import pictures
 from foveate.catalogue.lab import (
@@ -93,6 +102,24 @@ def needles(lab: Lab) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def text_bits(lab: Lab, share: float) -> list[dict[str, Any]]:
+    """Bits per byte lost on held-out text, which needs few far keys: not a condition, but part of the picture."""
+    windows = token_windows(reader(), load_text("stdlib"), lab.pick(TOKENS, 512), lab.pick(6, 2))
+
+    def bits(policy: Any) -> Bits:
+        with fv.hf.apply(reader().model, policy):
+            found = [window_bits(reader().logits(w.ids)[0], w) for w in windows]
+        return Bits(*(np.stack(part) for part in zip(*found, strict=True)))
+
+    dense, n = bits("dense"), len(windows[0].ids)
+    policies = {OURS: selector(GAMMAS[0]), "window + sinks": equal_window(share, n) | Sinks(16)}
+    lost = {name: paired_difference(bits(policy), dense) for name, policy in policies.items()}
+    return [
+        vars(Figure(f"lost on text, gamma = {GAMMAS[0]}: {name}", *found, len(windows), "bits/byte"))
+        for name, found in lost.items()
+    ]
+
+
 def prefills(lab: Lab) -> list[dict[str, Any]]:
     """Speed of the whole prefill against dense, for FlexPrefill and for a window of as many pairs."""
     n = lab.pick(4096, 1024)
@@ -119,6 +146,7 @@ def run(lab: Lab) -> Finding:
     """At equal density, does FlexPrefill find more needles than fixed sparse prefills, and run faster than dense?"""
     found = lab.once("needles", partial(needles, lab))
     times = [Figure(**figure) for figure in lab.once("prefills", partial(prefills, lab))]
+    lost = [Figure(**figure) for figure in lab.once("text", partial(text_bits, lab, found[OURS][0]["share"]))]
     hits = {
         name: [statistics.mean(h) for h in zip(*(a["hits"] for a in runs), strict=True)]
         for name, runs in found.items()
@@ -137,11 +165,13 @@ def run(lab: Lab) -> Finding:
         verdict=verdict,
         summary=f"Needles found with {shares[OURS][0]:.0%} to {shares[OURS][-1]:.0%} of the pairs: "
         + ", ".join(f"{name} {figure.value:.3g}" for name, figure in recall.items())
-        + f"; prefill of {lab.pick(4096, 1024):,} bytes {times[0]} as fast as dense.",
+        + f"; prefill of {lab.pick(4096, 1024):,} bytes {times[0]} as fast as dense; "
+        f"on text {lost[0].value:+.3f} bits/byte (a window of as many pairs {lost[1].value:+.3f}).",
         figures=(
             *recall.values(),
             *gains,
             *times,
+            *lost,
             *(
                 Figure(f"share of causal pairs: {name}", statistics.mean(values))
                 for name, values in shares.items()
@@ -163,8 +193,7 @@ def drawn(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         if name == "dense":
             x, counted = [min(sparse), max(sparse)], counted * 2
         low, high = [f.low or 0.0 for f in counted], [f.high or 1.0 for f in counted]
-        reference = name in ("dense", "random blocks")
-        curves.append(series(name, x, [f.value for f in counted], low, high, reference))
+        curves.append(series(name, x, [f.value for f in counted], low, high, reference=name == "dense"))
     return lines("Needles found through a sparse prefill", "share of causal pairs", "share found", curves)
 
 

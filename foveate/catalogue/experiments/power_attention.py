@@ -1,4 +1,8 @@
-"""PowerAttention: a pass key carried over six layers at equal degree, and the time of a long prefill."""
+"""PowerAttention: a pass key carried over six layers at equal degree, and the time of a long prefill.
+
+A first form (128 tokens, another stride, trained on full rows alone) was left open: one seed of three learned nothing.
+Since then rows grow during the training, and the strided pattern is the one that reaches farthest.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +42,10 @@ from foveate.patterns import (
     reachability,
 )
 
-TOKENS, LAYERS, WINDOW = 128, 6, 8
-REACH = LAYERS * (WINDOW - 1)  # of the window: 42
+TOKENS, LAYERS, WINDOW = 256, 6, 9
+REACH = LAYERS * (WINDOW - 1)  # of the window: 48
 COUNTS_IF = (
-    "gate: dense finds at least 0.95 of the keys more than 42 tokens away, else open. Then all of: power of two "
+    "gate: dense finds at least 0.95 of the keys more than 48 tokens away, else open. Then all of: power of two "
     "finds at least 0.9 of them on average (fewer: open); it finds more than the better of sliding window and window + "
     "stride, by more than 0.05 (95 % interval over three seeds, paired); at 32,768 tokens in blocks of 64 it takes at "
     "most 1.5 times as long as a sliding window of as many pairs, and is more than 3.0 times as fast as dense causal "
@@ -50,20 +54,23 @@ COUNTS_IF = (
 
 
 def arms(seed: int) -> dict[str, Pattern]:
-    """Eight keys a query; window and window + stride have at least as many pairs as the power of two."""
+    """Nine keys a query; window and window + stride have at least as many pairs as the power of two.
+
+    Of all windows and strides with no more pairs than the window, this one reaches most distances in six layers.
+    """
     power = PowerOfTwo()
     return {
         "dense": Causal(),
         "power of two": power,
         "window": Causal() & SlidingWindow(WINDOW),
-        "window + stride": Causal() & (SlidingWindow(6) | Strided(32)),
+        "window + stride": Causal() & (SlidingWindow(6) | Strided(38)),
         "random": equal_random(causal_share(power, TOKENS), TOKENS, block=1, seed=seed),
     }
 
 
 def run(lab: Lab) -> Finding:
     """Is the power-of-two pattern better than other static patterns at finding pass keys, at a window's cost?"""
-    task = Carrying(TOKENS, LAYERS, heads=2, edges=(1, 8, 22, 43, 64, 85, 106, 127))
+    task = Carrying(TOKENS, LAYERS, heads=2, edges=(1, 9, 25, 49, 101, 152, 203, 255), steps=200)
     found = {name: [task.found(lab, name, arms(seed)[name], seed) for seed in lab.seeds] for name in arms(0)}
     far = {name: [task.far(shares, REACH) for shares in runs] for name, runs in found.items()}
     mean = {name: interval(f"found far away: {name}", shares) for name, shares in far.items()}
@@ -74,7 +81,7 @@ def run(lab: Lab) -> Finding:
     if mean["dense"].value >= 0.95:
         enough = HOLDS if mean["power of two"].value >= 0.9 else OPEN
         verdict = all_of(enough, judge(gain, 0.05), judge(times[0], 3.0), judge(times[1], 1 / 1.5))
-    static = {**arms(0), "dilated": Causal() & Dilated(WINDOW, 16)}
+    static = {**arms(0), "dilated": Causal() & Dilated(WINDOW, 31)}
     return Finding(
         question="Is the power-of-two pattern better than other static patterns at finding pass keys, at the cost of a "
         "sliding window?",
@@ -91,13 +98,10 @@ def run(lab: Lab) -> Finding:
             *(reached(name, p) for name, p in static.items() if name != "dense"),
         ),
         plot=lines(
-            "Pass keys found, six layers, eight keys a query",
+            "Pass keys found, six layers, nine keys a query",
             "distance (tokens)",
             "share found",
-            [
-                banded(n, task.middles, runs, most=1.0, reference=n in ("dense", "random"))
-                for n, runs in found.items()
-            ],
+            [banded(n, task.middles, runs, most=1.0, reference=n == "dense") for n, runs in found.items()],
         ),
         quality=mean["power of two"].value / mean["dense"].value,
         cost=causal_share(PowerOfTwo(), TOKENS),
@@ -105,7 +109,7 @@ def run(lab: Lab) -> Finding:
 
 
 def reached(name: str, pattern: Pattern) -> Figure:
-    """Share of the distances 1 to 126 over which something reaches the last token in six layers."""
+    """Share of the distances 1 to 254 over which something reaches the last token in six layers."""
     heard = reachability(pattern, TOKENS, LAYERS)[0, 0, -1].flip(0)[1:-1]
     return Figure(f"distances reached in {LAYERS} layers: {name}", float(heard.float().mean()))
 

@@ -1,4 +1,8 @@
-"""S2-Attention: a needle found through shards that differ between heads, and the time and cache that are saved."""
+"""S2-Attention: a needle found through shards that differ between heads, and the time and cache that are saved.
+
+A first form, trained on full rows alone, was left open: not even dense passed the gate. Since then rows grow during the
+training.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,9 @@ def arms(seed: int) -> dict[str, Pattern]:
 
 def run(lab: Lab) -> Finding:
     """Do heads that read different shards of the context find needles as dense attention does, much faster?"""
-    task = Carrying(TOKENS, layers=2, heads=HEADS, edges=(1, 9, 22, 43, 96, 149, 202, 255), lr=4e-3)
+    task = Carrying(
+        TOKENS, layers=2, heads=HEADS, edges=(1, 9, 22, 43, 96, 149, 202, 255), steps=300, lr=4e-3
+    )
     found = {name: [task.found(lab, name, arms(seed)[name], seed) for seed in lab.seeds] for name in arms(0)}
     far = {name: [task.far(shares, REACH) for shares in runs] for name, runs in found.items()}
     mean = {name: interval(f"found far away: {name}", shares) for name, shares in far.items()}
@@ -91,7 +97,7 @@ def run(lab: Lab) -> Finding:
             "distance (tokens)",
             "share found",
             [
-                banded(name, task.middles, runs, most=1.0, reference=name in ("dense", "random blocks"))
+                banded(name, task.middles, runs, most=1.0, reference=name == "dense")
                 for name, runs in found.items()
             ],
         ),

@@ -15,14 +15,21 @@ LEVELS = 5
 
 
 def first(picture: Mapping[str, Any]) -> int:
-    """The frame that a page shows first: every control in the middle of its values.
+    """The frame that a page shows first: numbers in the middle of their values, words at their first one.
 
     >>> frames = [{"setting": {"window": w}} for w in (1, 2, 4)]
     >>> first({"controls": [{"name": "window", "values": [1, 2, 4]}], "frames": frames})
     1
     """
-    wanted = {c["name"]: c["values"][(len(c["values"]) - 1) // 2] for c in picture["controls"]}
+    wanted = {
+        c["name"]: c["values"][(len(c["values"]) - 1) // 2 if numeric(c) else 0] for c in picture["controls"]
+    }
     return next(i for i, frame in enumerate(picture["frames"]) if dict(frame["setting"]) == wanted)
+
+
+def numeric(control: Mapping[str, Any]) -> bool:
+    """Whether a control is a slider over numbers."""
+    return all(type(value) in (int, float) for value in control["values"])
 
 
 def drawing(picture: Mapping[str, Any], label: str = "") -> Markup:

@@ -2,5 +2,6 @@
 
 from foveate.core.selectors.base import Selector
 from foveate.core.selectors.flexprefill import FlexPrefill
+from foveate.core.selectors.vmoba import VMoBA, vmoba_attention, vmoba_cycle
 
-__all__ = ["FlexPrefill", "Selector"]
+__all__ = ["FlexPrefill", "Selector", "VMoBA", "vmoba_attention", "vmoba_cycle"]

@@ -2,7 +2,7 @@
 (function () {
   "use strict";
   var data = window.foveateGallery;
-  var search = window.foveateSearch(data);
+  var search = null; // made when it is first needed
   var byKey = {};
   data.papers.forEach(function (paper) { byKey[paper.key] = paper; });
   var FACETS = Array.from(document.querySelectorAll("#facets fieldset"), function (f) { return f.dataset.facet; }).concat(["tag"]);
@@ -107,7 +107,13 @@
     });
   }
 
+  function prepare() {
+    search = search || window.foveateSearch(data);
+  }
+
   function ranked() {
+    if (!state.q.trim()) return front;
+    prepare();
     var hits = search(state.q);
     return hits === null ? front : hits.map(function (hit) { return hit.key; });
   }
@@ -187,7 +193,7 @@
         button.type = "button";
         button.className = "pill";
         button.textContent = facet + ": " + value + (facet === "tag" ? ", " + data.tags[value] : "");
-        button.setAttribute("aria-label", "Remove the filter " + facet + " " + value);
+        button.setAttribute("aria-label", button.textContent + ", remove this filter");
         button.addEventListener("click", function () { toggle(facet, value, false); box.focus(); });
         item.appendChild(button);
         list.appendChild(item);
@@ -215,6 +221,7 @@
   }
 
   /* ---------------------------------------------------------------- events */
+  box.addEventListener("focus", prepare);
   box.addEventListener("input", function () { state.q = box.value; change(true); });
   $("facets").addEventListener("change", function (event) { toggle(event.target.name, event.target.value, event.target.checked); });
   $("facets").addEventListener("submit", function (event) { event.preventDefault(); });

@@ -11,13 +11,21 @@
   var query = null, spot = null; // what is looked at: a query; in a map, also a column
 
   /* ---------------------------------------------------------------- frames */
-  var chosen = (picture.controls || []).map(function (c) { return Math.floor((c.values.length - 1) / 2); });
+  var chosen = (picture.controls || []).map(function (c) { return numeric(c) ? Math.floor((c.values.length - 1) / 2) : 0; });
   var unpacked = new Map();
 
   function frame() {
     return picture.frames.find(function (f) {
-      return picture.controls.every(function (c, i) { return f.setting[c.name] === c.values[chosen[i]]; });
+      return picture.controls.every(function (c, i) { return same(f.setting[c.name], c.values[chosen[i]]); });
     });
+  }
+
+  function numeric(control) {
+    return control.values.every(function (v) { return typeof v === "number"; });
+  }
+
+  function same(a, b) { // values may be lists
+    return JSON.stringify(a) === JSON.stringify(b);
   }
 
   function bytes(text) {
@@ -148,10 +156,10 @@
       {row: query, column: spot, rows: 1, columns: 1, style: mark}]);
     if (plane) {
       var h = picture.grid[0], w = picture.grid[1], at = query === null ? middle() : query;
-      var same = c.rows === h * w;
+      var square = c.rows === h * w;
       plane.paint(h, w, function (i, j) {
         return c.at(at, i * w + j) ? [mark, 0.95] : [ground, 0.08];
-      }, same ? [{row: Math.floor(at / w), column: at % w, rows: 1, columns: 1, style: ground}] : []);
+      }, square ? [{row: Math.floor(at / w), column: at % w, rows: 1, columns: 1, style: ground}] : []);
       plane.canvas.setAttribute("aria-label", "The keys of query " + at + " on the grid: " + keysOf(at).length + " of " + c.columns);
       plane.name.textContent = "the keys of query " + at + " on the " + h + " × " + w + " grid";
     }
@@ -214,7 +222,7 @@
     label.htmlFor = id;
     name.textContent = control.name;
     label.appendChild(name);
-    if (control.values.every(function (v) { return typeof v === "number"; })) {
+    if (numeric(control)) {
       field = document.createElement("input");
       field.type = "range";
       field.min = 0;

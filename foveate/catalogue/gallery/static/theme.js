@@ -3,7 +3,7 @@
   "use strict";
   var root = document.documentElement;
   var names = ["auto", "light", "dark"];
-  var spoken = {auto: "as the system has them", light: "light", dark: "dark"};
+  var spoken = {auto: "auto, as the system has them", light: "light", dark: "dark"};
   var theme = "auto";
   root.classList.add("js");
   try {

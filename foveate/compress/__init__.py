@@ -1,0 +1,5 @@
+"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical), mostly beside the tokens nearby."""
+
+from __future__ import annotations
+
+__all__: list[str] = []
