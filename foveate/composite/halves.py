@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from foveate.core.attention import attention
+from foveate.core.layout import BlockLayout
 from foveate.core.merge import State
+from foveate.core.patterns import Pattern
+from foveate.core.scores import Score
 
 Estimate = Callable[[Tensor, Tensor, Tensor], State]
 
@@ -49,24 +52,47 @@ def causal_by_halves(
     n = q.shape[2]
     if k.shape[2] != n:
         raise ValueError(f"halving needs as many keys as queries, got {n} queries and {k.shape[2]} keys")
-    levels = max(0, (n // leaf).bit_length() - 1)
-    pieces = 1 << levels
+    pieces = piece_count(n, leaf)
     even = n - n % pieces
     body = [t[:, :, :even].unflatten(2, (pieces, -1)) for t in (q, k, v)]  # (B, h, pieces, S, d)
-    out, lse = attention(*(_as_heads(t) for t in body), is_causal=True, scale=scale, return_lse=True)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    state = out.to(wide), lse
+    out, lse = partial(*(_as_heads(t) for t in body), is_causal=True, scale=scale)
+    out = out.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     while pieces > 1:
         far = estimate(*(_as_heads(t[:, :, i::2]) for t, i in zip(body, (1, 0, 0), strict=True)))
-        (out1, out2), (lse1, lse2) = (_alternate(t, pieces) for t in state)
+        (out1, out2), (lse1, lse2) = (_alternate(t, pieces) for t in (out, lse))
         out2, lse2 = blend((out2, lse2), far)  # (B, pieces / 2 * h, S, ...)
-        state = torch.cat([out1, out2], 2), torch.cat([lse1, lse2], 2)  # (B, pieces / 2 * h, 2 S, ...)
+        out, lse = torch.cat([out1, out2], 2), torch.cat([lse1, lse2], 2)  # (B, pieces / 2 * h, 2 S, ...)
         pieces //= 2
         body = [t.unflatten(2, (pieces, 2)).flatten(3, 4) for t in body]
     if even < n:
-        tail = attention(q[:, :, even:], k, v, is_causal=True, scale=scale, return_lse=True)
-        state = tuple(torch.cat([a, b.to(a.dtype)], 2) for a, b in zip(state, tail, strict=True))
-    return state[0], state[1]
+        tail, tail_lse = partial(q[:, :, even:], k, v, is_causal=True, scale=scale)
+        out, lse = torch.cat([out, tail.to(out.dtype)], 2), torch.cat([lse, tail_lse], 2)
+    return out, lse
+
+
+def partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    who: Pattern | BlockLayout | None = None,
+    is_causal: bool = False,
+    score: Score | None = None,
+    scale: float | None = None,
+) -> State:
+    """`attention` that returns (out, lse)."""
+    found = attention(q, k, v, who, is_causal=is_causal, score=score, scale=scale, return_lse=True)
+    assert isinstance(found, tuple)
+    return found
+
+
+def piece_count(n: int, leaf: int) -> int:
+    """The power of two by which n tokens are divided: pieces of leaf to 2 leaf - 1 tokens, one where n < 2 leaf.
+
+    >>> [piece_count(n, 4) for n in (3, 7, 8, 15, 16)]
+    [1, 1, 2, 2, 4]
+    """
+    return 1 << max(0, (n // leaf).bit_length() - 1)
 
 
 def blend(first: State, second: State) -> State:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.composite.halves import blend, causal_by_halves
-from foveate.core.attention import attention
+from foveate.composite.halves import blend, causal_by_halves, partial, piece_count
 from foveate.core.layout import TILE, BlockLayout, pack_bits, tiles
 from foveate.core.merge import State
 from foveate.core.patterns.documents import Documents
@@ -99,6 +99,22 @@ class HyperAttention:
                     f"HyperAttention.{name} must be one of {', '.join(accepted)}, got {getattr(self, name)!r}"
                 )
 
+    @overload
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: Literal[True]
+    ) -> State: ...
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
     ) -> Tensor | State:
@@ -113,10 +129,34 @@ class HyperAttention:
         if self.is_causal:
             out, lse = causal_by_halves(q, k, v, estimate, leaf=max(1, self.min_seq_len), scale=scale)
         elif q.shape[2] <= self.min_seq_len:
-            out, lse = attention(q, k, v, scale=scale, return_lse=True)
+            out, lse = partial(q, k, v, scale=scale)
         else:
             out, lse = estimate(q, k, v)
         return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+
+    def pairs(self, n: int) -> int:
+        """Pairs of a query and a key whose score a head computes for n tokens, samples that are masked included.
+
+        >>> HyperAttention(min_seq_len=0).pairs(32_768), HyperAttention(is_causal=True).pairs(32_768)
+        (16777216, 92291072)
+        """
+        if not self.is_causal:
+            return n * n if n <= self.min_seq_len else self._pairs(n)
+        pieces = piece_count(n, max(1, self.min_seq_len))
+        size, far = n // pieces, 0
+        even = size * pieces
+        exact = pieces * size * (size + 1) // 2 + (n * (n + 1) - even * (even + 1)) // 2
+        while pieces > 1:
+            pieces //= 2
+            far, size = far + pieces * self._pairs(size), 2 * size
+        return exact + far
+
+    def _pairs(self, n: int) -> int:
+        """Pairs of an estimate with n queries and n keys."""
+        if not self.block:
+            return n * self.samples
+        whole, rest = divmod(n, self.block)
+        return whole * self.block**2 + rest**2 + (n * self.samples if n > self.block else 0)
 
     def _estimate(
         self, q: Tensor, k: Tensor, v: Tensor, projections: Tensor, g: torch.Generator, scale: float | None
@@ -127,10 +167,14 @@ class HyperAttention:
         )
         positions = log_weights = None
         if self.samples and self.sampling == "uniform":
-            positions = torch.randint(m, (1, heads, self.samples), generator=g).to(q.device)
+            positions = torch.randint(m, (1, heads, self.samples), generator=g).sort().values.to(q.device)
             log_weights = math.log(m / self.samples)
         elif self.samples:
-            draws = torch.rand(1, heads, self.samples, generator=g, dtype=torch.float64).to(q.device)
+            draws = (
+                torch.rand(1, heads, self.samples, generator=g, dtype=torch.float64)
+                .sort()
+                .values.to(q.device)
+            )
             positions, log_weights = by_value_norm(rows(v, k_order), draws)
         return sorted_attention(q, k, v, q_order, k_order, self.block, positions, log_weights, scale)
 
@@ -237,16 +281,16 @@ def sorted_attention(
     q_sorted, k_sorted, v_sorted = rows(q, q_order), rows(k, k_order), rows(v, k_order)
     k_blocks = np.arange(m) // (block or m)
     q_blocks = np.arange(n) * m // n // (block or m)
-    states = []
+    states: list[State] = []
     if block:
         who = Documents(q_blocks, k_blocks) if m > block else None
-        states.append(attention(q_sorted, k_sorted, v_sorted, who, scale=scale, return_lse=True))
+        states.append(partial(q_sorted, k_sorted, v_sorted, who=who, scale=scale))
     if positions is not None and m > block:
         shared = positions.reshape(len(positions), k.shape[1], -1)  # a group's samples read one key head
         k_drawn, v_drawn = (rows(t, shared).view(*q.shape[:2], -1, t.shape[3]) for t in (k_sorted, v_sorted))
         who = without_own_block(q_blocks, positions // block) if block else None
         score = Bias(log_weights.unsqueeze(2)) if isinstance(log_weights, Tensor) else None
-        out, lse = attention(q_sorted, k_drawn, v_drawn, who, score=score, scale=scale, return_lse=True)
+        out, lse = partial(q_sorted, k_drawn, v_drawn, who=who, score=score, scale=scale)
         states.append((out, lse + log_weights if isinstance(log_weights, float) else lse))
     out, lse = states[0]
     out = out.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -273,8 +317,8 @@ def without_own_block(q_blocks: np.ndarray, drawn: Tensor) -> BlockLayout:
     which[meets] = np.arange(meets.sum())
     head, i, j = np.nonzero(meets)
     words = pack_bits(block_of[i][:, :, None] != samples[head, 0, j][:, None, :])  # (tiles, 64)
-    row = np.repeat(np.arange(meets.shape[0] * nq), mt)
+    lists = batch * heads * nq
     return BlockLayout.from_tiles(
-        n, m, row, np.tile(np.arange(mt), meets.shape[0] * nq), words, batch=batch, heads=heads,
+        n, m, np.repeat(np.arange(lists), mt), np.tile(np.arange(mt), lists), words, batch=batch, heads=heads,
         which=which.reshape(-1),
     ).to(drawn.device)  # fmt: skip

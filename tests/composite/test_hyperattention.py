@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.composite import HyperAttention, causal_by_halves
+from foveate.composite import HyperAttention, causal_by_halves, halves
 from foveate.composite import hyperattention as module
+from foveate.composite.halves import partial
 from foveate.composite.hyperattention import by_value_norm, gray_rank, hash_codes, sorted_attention
 
 
@@ -359,3 +360,37 @@ def test_inputs_are_checked():
         causal_by_halves(q, k, v, exact, leaf=0)
     with pytest.raises(TypeError, match="unexpected keyword"):
         HyperAttention(blocks=64)
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        HyperAttention(block=16, samples=9, min_seq_len=20),
+        HyperAttention(block=0, samples=9, min_seq_len=20),
+        HyperAttention(block=16, samples=0, min_seq_len=131),
+        HyperAttention(block=200, samples=9, min_seq_len=20),
+        CAUSAL,
+        HyperAttention(block=0, samples=7, min_seq_len=10, is_causal=True),
+        HyperAttention(block=16, samples=0, min_seq_len=10, is_causal=True),
+        HyperAttention(min_seq_len=131, is_causal=True),
+    ],
+    ids=str,
+)
+def test_pairs_are_those_of_the_calls(monkeypatch, hyper):
+    """131 tokens; masked samples are computed, so a layout of samples counts whole."""
+    counted = 0
+
+    def listen(q, k, v, *, who=None, is_causal=False, **rest):
+        nonlocal counted
+        n, m = q.shape[2], k.shape[2]
+        if isinstance(who, fv.patterns.Documents):
+            counted += who.layout(n, m).area * q.shape[1]
+        else:
+            counted += q.shape[1] * sum(min(m, m - n + i + 1) if is_causal else m for i in range(n))
+        return partial(q, k, v, who=who, is_causal=is_causal, **rest)
+
+    for where in (module, halves):
+        monkeypatch.setattr(where, "partial", listen)
+    q, k, v = tensors(1, 2, 1, 131, 131)
+    hyper(q, k, v)
+    assert counted == 2 * hyper.pairs(131)
