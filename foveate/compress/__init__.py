@@ -1,5 +1,8 @@
-"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical), mostly beside the tokens nearby."""
+"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical), mostly beside nearby tokens."""
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.compress.combiner import combiner_attention
+from foveate.compress.regions import region_summaries
+
+__all__ = ["combiner_attention", "region_summaries"]

@@ -152,13 +152,13 @@ def run(lab: Lab) -> Finding:
     growth = slope("exponent of the counted pairs, causal", lengths, [PAPERS.pairs(m) for m in lengths])
     share = Figure("share of the causal pairs at 32,768 tokens", PAPERS.pairs(32_768) / (32_768 * 32_769 / 2))
     few = judge(Figure("1.3 - exponent", 1.3 - growth.value), 0.0), judge(Figure("", 1 / share.value), 3.0)
-    shown = lambda what: ", ".join(f"{error[what, name].value:.3g} ({name})" for name in (OURS, *RIVALS))  # noqa: E731
+    shown = lambda what: ", ".join(f"{error[what, name].value:.3g} ({name})" for name in ARMS)  # noqa: E731
     return Finding(
         question="At equal keys per query, does HyperAttention err less than samples or blocks alone, and do its "
         "pairs grow almost linearly?",
         counts_if=COUNTS_IF,
         verdict=all_of(*(judge(gain, 0.0) for gain in gains), *few),
-        summary=f"Relative error on clusters {shown('clusters')}, in reader {shown('reader')}; reader reads at "
+        summary=f"Relative error on clusters {shown('clusters')}, in reader {shown('reader')}; with it reader needs "
         f"{loss[OURS]} bits per byte more. Causal pairs grow as n to the {growth.value:.2f}; {share.value:.2g} of them "
         "at 32,768 tokens.",
         figures=(
