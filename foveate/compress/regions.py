@@ -52,7 +52,7 @@ def region_summaries(
     """
     check_tokens(q, k, v)
     check_pool(pool)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    factor = q.shape[3] ** -0.5 if scale is None else scale
     start, length = (_ints(name, x) for name, x in (("starts", starts), ("lengths", lengths)))
     if len(start) != len(length):
         raise ValueError(f"starts and lengths must be as many, got {len(start)} and {len(length)}")
@@ -65,7 +65,7 @@ def region_summaries(
     for size in length.unique().tolist():
         at = (length == size).nonzero().squeeze(1)
         cells = [_cells(x, start[at], size) for x in (q, k, v)]
-        found.append(_summaries(cells[0], cells[1], cells[2], pool, scale))
+        found.append(_summaries(cells[0], cells[1], cells[2], pool, factor))
         order.append(at)
     back = torch.cat(order).argsort().to(q.device)
     kappa, u = (torch.cat(parts, 2) for parts in zip(*found, strict=True))
