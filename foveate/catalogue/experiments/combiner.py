@@ -23,8 +23,8 @@ from foveate.organisms.reader.data import stdlib_text
 from foveate.patterns import Causal, Documents, MaskMod, Pattern
 
 OURS, SPARSE = "Combiner", "sparse"
-CONTEXT, BATCH, STEPS, LR = 512, 4, 120, 4e-3
-KEYS = Carrying(256, layers=1, heads=4, edges=(1, 17, 49, 97, 161, 255), steps=200, lr=1e-2)
+CONTEXT, BATCH, STEPS, LR = 512, 1, 300, 5e-3
+KEYS = Carrying(256, layers=1, heads=4, edges=(1, 17, 49, 97, 161, 255), steps=120, lr=5e-3)
 REACH = 48  # three segments of 16 tokens: no window of as many pairs reaches as far
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals. Gate: two layers of full attention read bytes, 512 at a time, at least 0.02 "
