@@ -72,8 +72,9 @@ def combiner_attention(
     Raises:
         ValueError: shapes that do not fit, an unknown pattern or pool, a segment or grid that does not apply.
 
-    Source: Combiner: Full Attention Transformer with Sparse Computation Cost (2021). Differs: mean pooling and
-    `size_term`; segments of any length; the leaves of "logsparse"; no cache for generation.
+    Source: Combiner: Full Attention Transformer with Sparse Computation Cost (2021). "fixed" and "logsparse" are the
+    released code's; the axial patterns are simpler ones than its axial layers, without weights of their own. Differs:
+    mean pooling and `size_term`; segments of any length; the leaves of "logsparse"; no cache for generation.
 
     >>> q = k = v = torch.randn(1, 2, 100, 8, generator=torch.Generator().manual_seed(0))
     >>> combiner_attention(q, k, v).shape
