@@ -1,10 +1,11 @@
 """HyperAttention against results of the authors' released code.
 
-The results were made by running `HyperAttention.forward` of github.com/insuhan/hyper-attn (commit 68b91e9) on the CPU
-in float64 on the inputs below, with the projections below in place of its own and the samples below in place of
-`torch.randint`. One line was added to it: its plain-torch attention ignores the mask that keeps samples out of the own
-block (its Triton kernel applies it), so that it counts such keys twice; here the mask is added to the logits. Lengths are multiples of the block and of the number of pieces: with others the released code pads with
-zero keys that it does not mask, a difference that `HyperAttention` states.
+The results were made by running `HyperAttention.forward` of github.com/insuhan/hyper-attn (commit 68b91e9) on
+the CPU in float64 on the inputs below, with the projections below in place of its own and the samples below
+in place of `torch.randint`. One line was added to it: its plain-torch attention ignores the mask that keeps
+samples out of the own block (its Triton kernel applies it), so that it counts such keys twice; here the mask
+is added to the logits. Lengths are multiples of the block and of the number of pieces: with others the
+released code pads with zero keys that it does not mask, a difference that `HyperAttention` states.
 """
 
 from __future__ import annotations
