@@ -26,3 +26,7 @@ __all__ = [
     "pool_core",
     "sibling_positions",
 ]
+from foveate.compress.combiner import combiner_attention
+from foveate.compress.regions import region_summaries
+
+__all__ = ["combiner_attention", "region_summaries"]
