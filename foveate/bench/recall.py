@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.layout import TILE, BlockLayout, unpack_bits
-from foveate.core.patterns import Causal, Pattern
+from foveate.core.patterns import Causal
 from foveate.core.selectors.base import Selector
 
 CHUNK = 1 << 25  # logits held at once
