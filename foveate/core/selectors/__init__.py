@@ -2,6 +2,7 @@
 
 from foveate.core.selectors.base import Selector
 from foveate.core.selectors.flexprefill import FlexPrefill
+from foveate.core.selectors.top_blocks import TopBlocks
 from foveate.core.selectors.vmoba import VMoBA, vmoba_attention, vmoba_cycle
 
-__all__ = ["FlexPrefill", "Selector", "VMoBA", "vmoba_attention", "vmoba_cycle"]
+__all__ = ["FlexPrefill", "Selector", "TopBlocks", "VMoBA", "vmoba_attention", "vmoba_cycle"]
