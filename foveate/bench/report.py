@@ -94,6 +94,11 @@ def label(name: str) -> str:
 # -------------------- terminal
 
 
+def table_width(results: dict[str, Any]) -> int:
+    """Columns that `table` needs: 100 with the usual tasks."""
+    return 100 + 7 * sum(any(cell.get(task) for cell in results["cells"]) for task in ruler.TASKS)
+
+
 def table(results: dict[str, Any]) -> Table:
     """A rich table of all cells, at most 100 columns wide with the usual tasks. "recall" is of attention."""
     from rich import box
@@ -111,7 +116,7 @@ def table(results: dict[str, Any]) -> Table:
         collapse_padding=True,
     )
     made.add_column("mechanism", no_wrap=True)
-    more = [task for task in ruler.TASKS if task in results["identity"]["settings"].get("tasks", ())]
+    more = [task for task in ruler.TASKS if any(cell.get(task) for cell in results["cells"])]
     heads = [
         "tokens",
         "density",

@@ -4,7 +4,7 @@ Seeded and offline. As for the needle, a question and its answer are one sequenc
 through the model once; a part of the answer (a value, a name, a word) counts when the argmax at each of its tokens is
 right given the right ones before. So answers have a fixed order, which the question states.
 
-- kv: many lines with a key and a five-digit value, then one of the keys. `reader` gets at most the 24 pairs it was
+- kv: many lines with a key and a five-digit value, then one of the keys. `reader` gets at most the 12 pairs it was
   trained with, in real text; any other model a text of pairs alone.
 - vt: `VAR A = 12345` and four lines `VAR B = VAR A` somewhere in the text, in this order; all names are asked for.
 - cwe: a numbered list in which ten words come often and the others a tenth as often; the ten are asked for.
@@ -40,7 +40,7 @@ HOPS = 4
 COMMON, OFTEN = 10, 30  # common words, and how often each comes where there is room
 FREQUENT = 3
 ALPHA = 2.0
-READER_PAIRS = 24
+READER_PAIRS = 12
 _UPPER, _LOWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 

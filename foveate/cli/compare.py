@@ -143,7 +143,7 @@ def compare(
     found = results.as_dict()
     written = report.write(found, out)
     table = report.table(found)
-    (console if console.is_terminal else Console(width=100)).print(table)
+    (console if console.is_terminal else Console(width=report.table_width(found))).print(table)
     for line in found["gates"]:
         click.echo(comparison.describe_gate(line))
     for path in [results.path, *written]:
