@@ -52,7 +52,7 @@ from foveate.selectors import FlexPrefill, TopBlocks
 
 HERE = Path(__file__).parent
 HEADS, KV_HEADS, DIM = 8, 2, 64
-HITTERS, LOCAL, STRENGTH = 16, 12.0, 12.0
+HITTERS, LOCAL, STRENGTH = 16, 10.0, 14.0
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 ROUNDS = {4096: 7, 8192: 7, 16384: 5, 32768: 5, 65536: 3, 131072: 2}
 ROWS = 64
@@ -188,7 +188,7 @@ ARMS = (
         ),
         linear=False,
     ),
-    Arm("FlexPrefill", lambda n: selector(FlexPrefill(64, gamma=0.95, min_budget=1024))),
+    Arm("FlexPrefill", lambda n: selector(FlexPrefill(64, gamma=0.95, min_budget=1536))),
     Arm("blocks by mean", lambda n: selector(TopBlocks(64, KEEP, "mean", local=2))),
     Arm("blocks by bounds", lambda n: selector(TopBlocks(64, KEEP, "bounds", local=2))),
     Arm("AnchorAttention", anchor, needs="foveate.selectors:anchor_attention"),

@@ -106,7 +106,7 @@ class TopBlocks(Selector):
         for b in range(batch):
             for h in range(kv_heads):
                 mine = slice(h * groups, (h + 1) * groups)
-                width = groups * (nk if sums is not None else c * m)
+                width = groups * (nk if sums is not None else c * m // 2)
                 step = max(1, CHUNK // width)
                 for low in range(0, nq, step):
                     high = min(low + step, nq)
@@ -137,11 +137,14 @@ class TopBlocks(Selector):
         """(G, high - low, nk) from q (G, N, D) and k (M, D): attention that query blocks low ... high - 1 pay."""
         (_, n, _), m, c = q.shape, len(k), self.block
         rows = torch.arange(low * c, min(high * c, n), device=q.device)
-        logits = torch.matmul(q[:, rows], k.T).mul_(scale)  # (G, rows, M)
-        later = torch.arange(m, device=q.device) > (rows + (m - n))[:, None]
-        mass = torch.softmax(logits.masked_fill_(later, -torch.inf), -1)
-        pad = (0, -m % c, 0, -len(rows) % c)
-        return torch.nn.functional.pad(mass, pad).unflatten(2, (-1, c)).sum(3).unflatten(1, (-1, c)).sum(2)
+        seen = min(int(rows[-1]) + m - n + 1, m)  # keys after these are later than all rows
+        mass = torch.matmul(q[:, rows], k[:seen].T).mul_(scale)  # (G, rows, seen)
+        mass.masked_fill_(torch.arange(seen, device=q.device) > (rows + (m - n))[:, None], -torch.inf)
+        mass.sub_(mass.amax(-1, keepdim=True)).exp_()
+        sums = torch.nn.functional.pad(mass, (0, -seen % c)).unflatten(2, (-1, c)).sum(3)  # (G, rows, blocks)
+        sums = sums / sums.sum(-1, keepdim=True)
+        pad = (0, -(-m // c) - sums.shape[2], 0, -len(rows) % c)
+        return torch.nn.functional.pad(sums, pad).unflatten(1, (-1, c)).sum(2)
 
 
 def _check(q: Tensor, k: Tensor, is_causal: bool) -> None:
