@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 import foveate as fv
-from foveate.bench.machine import environment
+from foveate.bench.machine import commit, environment
 from foveate.bench.recall import attention_recall, sampled_rows
 from foveate.bench.results import write_atomic
 from foveate.catalogue.lab.stats import slope
@@ -66,7 +66,7 @@ TARGET_AT, TARGET_SPEED, TARGET_RECALL, TARGET_EXPONENT = 32768, 3.0, 0.95, 1.5
 class Arm:
     """A mechanism.
 
-    ``make(n)``: a `Way` for n tokens. ``linear``: it claims a cost below quadratic. ``needs``: names that must exist,
+    ``make(n)``: a `Way` for n tokens. ``linear``: it claims a cost that grows less than quadratically. ``needs``: names that must exist,
     as "module:name". ``most``: the longest length at which it is run. ``note``: what a reader must know.
     """
 
@@ -144,7 +144,7 @@ def random_blocks(n: int) -> Way:
 
 def anchor(n: int) -> Way:
     choose, call = _of("foveate.selectors:AnchorAttention"), _of("foveate.selectors:anchor_attention")
-    settings = {"block": 128, "step": 4, "theta": 12.0, "init": 64}
+    settings = {"block": 64, "step": 4, "theta": 3.0, "init": 64}
     chooser = choose(**settings)
 
     def pairs(q: Tensor, k: Tensor) -> int:
@@ -158,8 +158,17 @@ def anchor(n: int) -> Way:
 
 
 def hyper(n: int) -> Way:
-    call = _of("foveate.composite:HyperAttention")(is_causal=True, min_seq_len=2048)
-    return in_one_call(call)
+    return in_one_call(_of("foveate.composite:HyperAttention")(is_causal=True, min_seq_len=2048))
+
+
+def hip(n: int) -> Way:
+    chooser = _of("foveate.selectors:HiP")(
+        keys=1024, block_q=256, stride_q=16, block_k=8, sink=64, window=512
+    )
+    call = _of("foveate.selectors:hip_attention")
+    return in_one_call(
+        lambda q, k, v: call(q, k, v, chooser), lambda q, k, v: call(q, k, v, chooser, return_lse=True)[1]
+    )
 
 
 def dhsa(n: int) -> Way:
@@ -188,17 +197,19 @@ ARMS = (
         ),
         linear=False,
     ),
-    Arm("FlexPrefill", lambda n: selector(FlexPrefill(64, gamma=0.95, min_budget=1536))),
-    Arm("blocks by mean", lambda n: selector(TopBlocks(64, KEEP, "mean", local=2))),
-    Arm("blocks by bounds", lambda n: selector(TopBlocks(64, KEEP, "bounds", local=2))),
-    Arm("AnchorAttention", anchor, needs="foveate.selectors:anchor_attention"),
+    Arm("FlexPrefill", lambda n: selector(FlexPrefill(64, gamma=0.95, min_budget=3072)), linear=False),
+    Arm("blocks by mean", lambda n: selector(TopBlocks(64, KEEP, "mean", local=2)), linear=False),
+    Arm("blocks by bounds", lambda n: selector(TopBlocks(64, KEEP, "bounds", local=2)), linear=False),
+    Arm("blocks by peak", lambda n: selector(TopBlocks(64, KEEP, "peak", local=2)), linear=False),
+    Arm("AnchorAttention", anchor, linear=False, needs="foveate.selectors:anchor_attention"),
     Arm(
         "HyperAttention",
         hyper,
         needs="foveate.composite:HyperAttention",
         note="estimates the rest: no recall",
     ),
-    Arm("DHSA", dhsa, needs="foveate.selectors:dhsa_attention"),
+    Arm("DHSA", dhsa, linear=False, needs="foveate.selectors:dhsa_attention"),
+    Arm("HiP", hip, needs="foveate.selectors:hip_attention"),
     Arm(
         "oracle blocks",
         lambda n: selector(TopBlocks(64, KEEP, "mass", local=2)),
@@ -461,16 +472,20 @@ def machine_name(where: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name).strip("_") + f"-t{where['threads']}"
 
 
-def open_state(path: Path, s: Settings, resume: bool) -> dict[str, Any]:
-    """The results so far, or none.
+def open_state(path: Path, s: Settings, where: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The results so far; none without ``resume``, or where another commit or torch made them.
 
     Raises:
         ValueError: --resume of a run with other settings.
     """
-    fresh = {"settings": json.loads(json.dumps(asdict(s))), "quality": {}, "rounds": []}
+    fresh = {"settings": json.loads(json.dumps(asdict(s))), "environment": where, "quality": {}, "rounds": []}
     if not (resume and path.is_file()):
         return fresh
     old = json.loads(path.read_text(encoding="utf-8"))
+    moved = [key for key in ("commit", "torch") if old["environment"][key] != where[key]]
+    if moved:
+        print(f"{path} was made with another {' and '.join(moved)}: starting anew")
+        return fresh
     changed = [key for key, value in fresh["settings"].items() if old["settings"].get(key) != value]
     if changed:
         raise ValueError(f"--resume: {path} was made with other {', '.join(changed)}")
@@ -508,13 +523,13 @@ def main(argv: list[str] | None = None) -> int:
     rounds = tuple(a.rounds or (2 if a.quick else ROUNDS.get(n, 3)) for n in lengths)
     torch.set_num_threads(a.threads)
     s = Settings(lengths, arms, rounds, a.seed, a.threads)
-    where = environment()
+    where = {**environment(), "commit": commit("benchmarks/results")}
     path = a.out / f"prefill_selectors-{machine_name(where)}.json"
     try:
-        state = open_state(path, s, a.resume and not a.quick)
+        state = open_state(path, s, where, a.resume and not a.quick)
     except ValueError as error:
         parser.error(str(error))
-    state["environment"] = where
+    where = state["environment"]
 
     def save() -> None:
         if not a.quick:

@@ -311,6 +311,11 @@ MECHANISMS = (
         usual=False,
     ),
     Mechanism(
+        "blocks_peak", "blocks by peak", _top_blocks("peak"), "#a0522d",
+        "Looks at the content: each block of queries takes the blocks that hold the largest logits of its mean query.",
+        usual=False,
+    ),
+    Mechanism(
         "oracle", "oracle blocks", _top_blocks("mass"), "#3f9c9c",
         "The upper bound, at quadratic cost: each block of queries takes the blocks in which dense attention has most "
         "mass. Not a mechanism one would use.",

@@ -75,7 +75,7 @@ def test_coverage_is_the_mean_of_the_mask():
     assert coverage(Causal().layout(64 * 300)).shape == (150, 150)  # several tiles per cell
 
 
-@pytest.mark.parametrize("name", ["blocks_mean", "blocks_bounds", "oracle"])
+@pytest.mark.parametrize("name", ["blocks_mean", "blocks_bounds", "blocks_peak", "oracle"])
 @pytest.mark.parametrize(("length", "rel"), [(1000, 0.2), (2048, 0.12), (4096, 0.06)])
 def test_top_blocks_have_the_density_asked_whatever_the_content(name, length, rel):
     g = torch.Generator().manual_seed(0)

@@ -153,6 +153,12 @@ def test_it_goes_on_where_it_was_killed(tmp_path, monkeypatch, capsys):
     assert float(table[2]["recall"]) > 0.9
     assert table[0]["cpu"]
     assert table[0]["kv_heads"] == "2"
+    assert run(tmp_path, "--resume") == 0  # nothing is left to do, and nothing changes
+    assert json.loads(path.read_text()) == done
+    monkeypatch.setattr(ps, "commit", lambda _: "another")
+    assert run(tmp_path, "--resume") == 0
+    assert "made with another commit: starting anew" in capsys.readouterr().out
+    assert json.loads(path.read_text())["rounds"][0] != kept["rounds"][0]
     assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -13,7 +13,7 @@ from foveate.core.selectors.base import Selector
 from foveate.core.selectors.flexprefill import block_means
 
 CHUNK = 1 << 24  # scores, or logits of the oracle, that are held at once
-SCORES = ("mean", "bounds", "mass")
+SCORES = ("mean", "bounds", "peak", "mass")
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,20 @@ class TopBlocks(Selector):
 
         mean     s_IJ = qbar_I . mean of k_j over J
         bounds   s_IJ = sum_d max(qbar_Id max_j k_jd, qbar_Id min_j k_jd), at least every qbar_I . k_j of J
+        peak     s_IJ = max over j in J of qbar_I . k_j
         mass     s_IJ = sum over i in I, j in J of softmax_i(scale q_i . k_j): the attention itself
 
     "mass" is an oracle: the blocks it keeps hold the largest share of attention that this many blocks of this
     size can hold (besides the first and the local ones). It is an upper bound to compare with and costs
     quadratic time.
 
-    Cost: reading q and k, and (N / block) (M / block) D per head for the scores; "mass" N M D. In chunks of rows;
-    nothing is N x M.
+    Cost: reading q and k, and for the scores of a head (N / block) (M / block) D, for "peak" (N / block) M D, for
+    "mass" N M D. In chunks of rows; nothing is N x M.
 
     Args:
         block: tokens per block, a multiple of 64.
         keep: key blocks per query block.
-        score: "mean", "bounds" or "mass".
+        score: "mean", "bounds", "peak" or "mass".
         first: first key blocks, always kept.
         local: last key blocks, always kept; at least 1, the query block's own. Where M - N is not a multiple of
             `block` a query block stands in two key blocks, which both count as its own.
@@ -82,7 +83,7 @@ class TopBlocks(Selector):
 
         Args:
             q: (B, H, N, D); k: (B, Hkv, M, D), H a multiple of Hkv, N <= M.
-            scale: factor on q k^T, default D ** -0.5; the choice by "mean" and "bounds" depends on its sign only.
+            scale: factor on q k^T, default D ** -0.5; all choices but that by "mass" depend on its sign only.
             is_causal: must be True.
 
         Raises:
@@ -102,27 +103,40 @@ class TopBlocks(Selector):
         out = fixed.expand(batch, heads, nq, nk).clone()
         keep = min(self.keep, nk)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        sums = None if self.score == "mass" else self._summaries(q.to(wide), k.to(wide), scale)
+        wide_q, wide_k = q.to(wide), k.to(wide)
+        means = block_means(wide_q, c, 0) * scale  # (B, H, nq, D)
+        sums = None if self.score in ("peak", "mass") else self._summaries(means, wide_k)
+        width = groups * {"peak": m, "mass": c * m // 2}.get(self.score, nk)
+        step = max(1, CHUNK // width)
         for b in range(batch):
             for h in range(kv_heads):
                 mine = slice(h * groups, (h + 1) * groups)
-                width = groups * (nk if sums is not None else c * m // 2)
-                step = max(1, CHUNK // width)
                 for low in range(0, nq, step):
                     high = min(low + step, nq)
                     if sums is not None:
                         scores = torch.matmul(sums[0][b, mine, low:high], sums[1][b, h].mT)
+                    elif self.score == "peak":
+                        scores = self._peaks(
+                            means[b, mine, low:high], wide_k[b, h, : (int(last[high - 1]) + 1) * c]
+                        )
+                        scores = torch.nn.functional.pad(scores, (0, nk - scores.shape[2]))
                     else:
-                        scores = self._masses(q[b, mine].to(wide), k[b, h].to(wide), low, high, scale)
+                        scores = self._masses(wide_q[b, mine], wide_k[b, h], low, high, scale)
                     scores.masked_fill_(~allowed[low:high], -torch.inf)
                     scores.masked_fill_(fixed[low:high], torch.inf)
                     best = scores.topk(keep, -1).indices  # (G, rows, keep)
                     out[b, mine, low:high].scatter_(-1, best, True)
         return out & allowed
 
-    def _summaries(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """(B, H, nq, E) and (B, Hkv, nk, E), whose products are the scores."""
-        means = block_means(q, self.block, 0) * scale
+    def _peaks(self, means: Tensor, k: Tensor) -> Tensor:
+        """(G, rows, blocks) from mean queries (G, rows, D) and k (M, D)."""
+        logits = torch.nn.functional.pad(
+            torch.matmul(means, k.T), (0, -len(k) % self.block), value=-torch.inf
+        )
+        return logits.unflatten(2, (-1, self.block)).amax(3)
+
+    def _summaries(self, means: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, nq, E) and (B, Hkv, nk, E), whose products are the scores; means (B, H, nq, D)."""
         if self.score == "mean":
             return means, block_means(k, self.block, 0)
         rest = -k.shape[2] % self.block
