@@ -66,8 +66,8 @@ TARGET_AT, TARGET_SPEED, TARGET_RECALL, TARGET_EXPONENT = 32768, 3.0, 0.95, 1.5
 class Arm:
     """A mechanism.
 
-    ``make(n)``: a `Way` for n tokens. ``linear``: it claims a cost that grows less than quadratically. ``needs``: names that must exist,
-    as "module:name". ``most``: the longest length at which it is run. ``note``: what a reader must know.
+    ``make(n)``: a `Way` for n tokens. ``linear``: it claims a cost that grows less than quadratically. ``needs``: names
+    that must exist, as "module:name". ``most``: the longest length at which it is run. ``note``: what a reader must know.
     """
 
     name: str

@@ -30,6 +30,7 @@ from foveate.core.selectors.base import Selector
 SHORTEST = 256
 SINKS = 16
 NEAR = 64
+HIP_KEYS = 4
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,9 @@ def _whole_blocks(like: BlockLayout, heads: int) -> BlockLayout:
     return BlockLayout.from_blocks(torch.from_numpy(blocks), n, n, causal=True)
 
 
-def tuned(make: Callable[[float], tuple[Selector, dict[str, Any]]], low: float, high: float) -> Build:
+def tuned(
+    make: Callable[[float], tuple[Selector, dict[str, Any]]], low: float, high: float, steps: int = 7
+) -> Build:
     """The builder of a selector whose density grows with one setting between low and high.
 
     make: setting -> the selector and its parameters as they are reported.
@@ -229,9 +232,24 @@ def tuned(make: Callable[[float], tuple[Selector, dict[str, Any]]], low: float, 
 
     def build(length: int, density: float, shape: Shape, seed: int) -> Built:
         start = built((low + high) / 2)
-        return Built(start.policy, start.text, start.parameters, Tune(built, low, high))
+        return Built(start.policy, start.text, start.parameters, Tune(built, low, high, steps))
 
     return build
+
+
+def _anchor(theta: float) -> tuple[Selector, dict[str, Any]]:
+    from foveate.core.selectors.anchor_attention import AnchorAttention
+
+    theta = round(theta, 3)
+    return AnchorAttention(block=NEAR // 4, step=4, theta=theta, init=SINKS), {"theta": theta}
+
+
+def _hip(log_blocks: float) -> tuple[Selector, dict[str, Any]]:
+    from foveate.core.selectors.hip import HiP
+
+    keys = HIP_KEYS * max(1, round(2**log_blocks))
+    chosen = HiP(keys, block_q=NEAR, stride_q=8, block_k=HIP_KEYS, sink=SINKS, window=2 * NEAR)
+    return chosen, {"keys": keys, "block_k": HIP_KEYS}
 
 
 def _top_blocks(score: str) -> Build:
@@ -313,6 +331,19 @@ MECHANISMS = (
     Mechanism(
         "blocks_peak", "blocks by peak", _top_blocks("peak"), "#a0522d",
         "Looks at the content: each block of queries takes the blocks that hold the largest logits of its mean query.",
+        usual=False,
+    ),
+    Mechanism(
+        "anchor", "AnchorAttention", tuned(_anchor, -10.0, 14.0, steps=9), "#7a9a01",
+        "Looks at the content: single columns whose logits come close to the largest one among the first and the "
+        "nearest keys.",
+        "AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity, 2025",
+        usual=False,
+    ),
+    Mechanism(
+        "hip", "HiP", tuned(_hip, 0.0, 14.0, steps=9), "#008b8b",
+        "Looks at the content: a tree search for the blocks of a few keys that fit best, in rounds that halve ranges.",
+        "HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Pruning, 2024",
         usual=False,
     ),
     Mechanism(

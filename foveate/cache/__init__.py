@@ -2,4 +2,44 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.cache.budget import Budget
+from foveate.cache.layer import Geometry, LayerCache, Pool
+from foveate.cache.policies.duo_attention import DuoAttention, duo_attention, duo_pattern, head_table
+from foveate.cache.policies.h2o import H2O
+from foveate.cache.policies.oracle import OracleTopK
+from foveate.cache.policies.random import RandomKeep
+from foveate.cache.policies.recycled import Recycled, recycled_mask
+from foveate.cache.policies.snapkv import SnapKV
+from foveate.cache.policies.streaming import Streaming
+from foveate.cache.policies.task_kv import TaskKV, semantic_distances
+from foveate.cache.policy import POLICIES, Kept, Policy, Reader, load, make
+from foveate.cache.store import RaggedStore
+from foveate.cache.view import View
+
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "Budget",
+    "DuoAttention",
+    "Geometry",
+    "Kept",
+    "LayerCache",
+    "OracleTopK",
+    "Policy",
+    "Pool",
+    "RaggedStore",
+    "RandomKeep",
+    "Reader",
+    "Recycled",
+    "SnapKV",
+    "Streaming",
+    "TaskKV",
+    "View",
+    "duo_attention",
+    "duo_pattern",
+    "head_table",
+    "load",
+    "make",
+    "recycled_mask",
+    "semantic_distances",
+]

@@ -1,4 +1,4 @@
-"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical), mostly beside the tokens nearby."""
+"""Compress: attention to summaries of tokens (pooled, landmark, core, hierarchical) beside the tokens nearby."""
 
 from __future__ import annotations
 

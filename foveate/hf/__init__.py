@@ -1,4 +1,4 @@
-"""foveate in transformers models: `apply(model, policy)` and what it returns."""
+"""foveate in transformers models: `apply(model, policy)`, what it returns, and `Cache`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,20 @@ except ImportError as error:
     raise ImportError("foveate.hf needs transformers >= 5.4: pip install 'foveate[hf]'") from error
 
 from foveate.hf.apply import Handle, apply
+from foveate.hf.cache import Cache, Held, LayerHeld
+from foveate.hf.head_gates import HeadGates, train_head_gates
 from foveate.hf.report import Check, CheckError, LayerReport, Report
 
-__all__ = ["Check", "CheckError", "Handle", "LayerReport", "Report", "apply"]
+__all__ = [
+    "Cache",
+    "Check",
+    "CheckError",
+    "Handle",
+    "HeadGates",
+    "Held",
+    "LayerHeld",
+    "LayerReport",
+    "Report",
+    "apply",
+    "train_head_gates",
+]

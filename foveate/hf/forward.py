@@ -10,13 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.cache import Geometry, RaggedStore
 from foveate.core.attention import attention
 from foveate.core.patterns import Pattern
+from foveate.core.scores import SoftCap
 from foveate.core.selectors.base import Selector
-from foveate.hf.kwargs import document_ids, read, with_bias
-from foveate.hf.plan import Plan, dense_plan, mask_plan, pattern_plan, selector_plan, split_additive
-from foveate.hf.recognise import Known
+from foveate.hf.kwargs import Extras, document_ids, read, with_bias
+from foveate.hf.plan import (
+    Plan,
+    dense_plan,
+    mask_plan,
+    pattern_plan,
+    pattern_rows,
+    selector_plan,
+    split_additive,
+)
+from foveate.hf.recognise import Known, reach_of
 from foveate.hf.rule import Rule, RuleMask
+from foveate.hf.sealed import Sealed
 from foveate.hf.sets import HeadSet, SameGroup
 
 NAME = "foveate"  # no slash (read as a hub kernel), no "flash", no "paged|"
@@ -52,6 +63,9 @@ class Job:
     heads: frozenset[int] | None
     phase: str
     engine: str
+    mix: Callable[[int, Tensor, Tensor], Tensor] | None = (
+        None  # (layer, unrestricted output, restricted) -> output
+    )
     suspended: bool = False  # check() runs the same path with the dense policy and without counting
 
     def head_set(self, total: int) -> HeadSet | None:
@@ -114,12 +128,25 @@ def forward(
     if extras.cu_q is not None:
         rule = _packed(rule, extras.cu_q, extras.cu_k, owner)
 
+    sealed = key if isinstance(key, Sealed) else None
     policy = None
     if site is not None and site.selected and not job.suspended and site.kind == "self":
         decoding = query.shape[2] == 1 and (rule.q_offset > 0 if rule is not None else key.shape[2] > 1)
         if job.phase == "both" or job.phase == ("decode" if decoding else "prefill"):
             policy = job.policy
     heads = job.head_set(query.shape[1]) if policy is not None else None
+
+    if sealed is not None:
+        assert isinstance(value, Sealed)
+        if rule is None or extras.bias is not None or additive is not None or extras.cu_q is not None:
+            raise ValueError(
+                f"{owner}: a foveate.hf.Cache needs the model's mask as a rule; position biases, ready-made 4-D masks "
+                "and packed sequences are not supported with it"
+            )
+        key, value = sealed.fresh, value.fresh
+        if sealed.layer.held.seen:
+            out = _proceed(sealed, query, key, value, rule, policy, heads, scaling, extras, owner)
+            return out.transpose(1, 2).contiguous(), None
 
     if ready is not None:
         plan = _ready_plan(site, attention_mask, ready, policy, heads, owner)
@@ -132,23 +159,68 @@ def forward(
     else:
         plan = selector_plan(rule, policy, heads, query, key, scaling)
 
-    if plan.stop - plan.start < key.shape[2]:
-        key, value = key[:, :, plan.start : plan.stop], value[:, :, plan.start : plan.stop]
-    out = attention(
-        query,
-        key,
-        value,
-        plan.who,
-        score=with_bias(extras, plan.start, plan.stop, additive) or None,
-        sinks=extras.sinks,
-        scale=scaling,
-        dropout_p=dropout,
-        engine=job.engine,
-    )
-    assert isinstance(out, Tensor)
+    def run(plan: Plan) -> Tensor:
+        out = attention(
+            query,
+            key[:, :, plan.start : plan.stop],
+            value[:, :, plan.start : plan.stop],
+            plan.who,
+            score=with_bias(extras, plan.start, plan.stop, additive) or None,
+            sinks=extras.sinks,
+            scale=scaling,
+            dropout_p=dropout,
+            engine=job.engine,
+        )
+        assert isinstance(out, Tensor)
+        return out
+
+    out = run(plan)
+    if job.mix is not None and policy is not None and rule is not None and site is not None:
+        out = job.mix(site.layer, run(dense_plan(rule)), out)
+    if sealed is not None:
+        from foveate.hf.cache import settle
+
+        assert rule is not None
+        shape = _geometry(query, scaling, extras, rule)
+        settle(module, sealed.layer, query, key, value, out, rule.padding, shape)
     if site is not None and not job.suspended:
         site.tally.add(plan, query, policy is not None)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _proceed(
+    sealed: Sealed,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rule: Rule,
+    policy: Pattern | Selector | None,
+    heads: HeadSet | None,
+    scaling: float | None,
+    extras: Extras,
+    owner: str,
+) -> Tensor:
+    """Attention of tokens that come after others: to what the layer's `foveate.hf.Cache` holds."""
+    from foveate.hf.cache import gather_rows, proceed
+
+    if isinstance(policy, Selector):
+        raise ValueError(
+            f"{owner}: a selector chooses among all keys, a foveate.hf.Cache has evicted some; apply the selector with "
+            "phase='prefill' (and without chunked prefill)"
+        )
+
+    def allowed(store: RaggedStore, first: int, last: int) -> Tensor | None:
+        rows = pattern_rows(rule, policy, heads, first, last)
+        return None if rows is None else gather_rows(store, rows.to(query.device))
+
+    shape = _geometry(query, scaling, extras, rule)
+    return proceed(sealed.layer, query, key, value, rule.padding, shape, allowed)
+
+
+def _geometry(query: Tensor, scaling: float | None, extras: Extras, rule: Rule) -> Geometry:
+    softcap = next((s.cap for s in extras.scores if isinstance(s, SoftCap)), None)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return Geometry(scale, softcap, extras.sinks, reach_of(rule))
 
 
 def _mask(

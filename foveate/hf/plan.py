@@ -3,7 +3,7 @@ rule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -158,6 +158,37 @@ def relative(pattern: Pattern) -> bool:
     if isinstance(pattern, Not):
         return relative(pattern.part)
     return isinstance(pattern, (Causal, Dilated, Full, SlidingWindow, Strided))
+
+
+def pattern_rows(
+    rule: Rule, policy: Pattern | None, heads: HeadSet | None, first: int, last: int
+) -> Tensor | None:
+    """Bool (B|1, H|1, last - first, K) over the keys of a rule: what the queries [first, last) of this call may see by
+    the model's own rule AND ``policy``; None = everything (one causal query, say)."""
+    key = ("rows", policy, heads, first, last)
+    if key in rule.memo:
+        return rule.memo[key]
+    view = view_of(rule)
+    # a store holds no padding, so the rule's own need not be looked at
+    whole = view.base if rule.padding is None else pattern_of(replace(rule, padding=None), view.window)
+    if policy is not None:
+        extra = place(policy, view)
+        if heads is not None:
+            extra = extra | ~heads
+        whole = extra if whole is None else whole & extra
+    rows = None
+    if whole is not None:
+        n, m = view.window.q_len, view.window.k_len
+        ext = Extent(n, m)
+        whole.check(ext)
+        q, k = np.arange(first, last)[:, None], np.arange(m)
+        seen = np.empty((whole.batch, whole.heads, last - first, m), bool)
+        for b in range(whole.batch):
+            for h in range(whole.heads):
+                seen[b, h] = np.broadcast_to(whole.at(b, h).contains(ext, b, h, q, k), (last - first, m))
+        rows = None if seen.all() else torch.from_numpy(seen)
+    rule.memo[key] = rows
+    return rows
 
 
 def mean_area(layout: BlockLayout) -> float:

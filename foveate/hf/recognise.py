@@ -82,6 +82,15 @@ def is_causal(function: Callable[..., Any]) -> bool:
     return False
 
 
+def reach_of(rule: Rule) -> int | None:
+    """The sliding window of a rule, in keys with the query's own; None without one."""
+    found = [kind_of(part) for part in conjuncts(rule.function)]
+    return min(
+        (int(bound["sliding_window"]) for name, bound in found if name == "sliding_window_overlay"),
+        default=None,
+    )
+
+
 def window_of(rule: Rule) -> Window:
     """Geometry after dropping keys that a causal rule cannot reach (the unwritten end of a static cache)."""
     k_len = rule.kv_len

@@ -88,6 +88,20 @@ def test_top_blocks_have_the_density_asked_whatever_the_content(name, length, re
     assert abs(mechs.density_of(other.layout(q, k)) - 0.25) >= abs(got - 0.25)
 
 
+@pytest.mark.parametrize("name", ["anchor", "hip", "flexprefill"])
+def test_the_knob_of_a_selector_reaches_the_density(name):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 8, 1024, 16, generator=g) * 2, torch.randn(1, 4, 1024, 16, generator=g)
+    tune = mechs.policy(name, 1024, 0.25, SHAPE).tune
+    low, high = tune.low, tune.high
+    got = lambda x: mechs.density_of(tune.make(x).policy.layout(q, k))  # noqa: E731
+    assert got(low) < 0.25 < got(high)
+    for _ in range(tune.steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if got(middle) > 0.25 else (middle, high)
+    assert got(low) == pytest.approx(0.25, rel=0.15)
+
+
 def test_a_builder_from_a_setting_is_tuned_by_its_density():
     built = mechs.tuned(lambda x: (TopBlocks(keep=round(2**x)), {"x": x}), 0, 4)(512, 0.3, SHAPE, 0)
     assert built.parameters == {"x": 2.0}
