@@ -67,7 +67,7 @@ class Arm:
     """A mechanism.
 
     ``make(n)``: a `Way` for n tokens. ``linear``: it claims a cost that grows less than quadratically. ``needs``: names
-    that must exist, as "module:name". ``most``: the longest length at which it is run. ``note``: what a reader must know.
+    that must exist, as "module:name". ``most``: the longest length at which it is run. ``note``: what to know of it.
     """
 
     name: str

@@ -5,7 +5,8 @@
 
 Queries and keys are those of all layers of the dense model. Attention recall is the share of the dense softmax on the
 kept pairs, in rows drawn by seed, mean over layers and heads. Window + sinks and random blocks have the density asked
-for; every selector has its largest setting that keeps at most as many pairs.
+for; every selector has a setting that keeps at most as many pairs: the largest one on the first text, on each other text
+that one or the next smaller one that does.
 
 The first third of the texts names the best selector (the oracle, which computes the whole map, does not take part); the
 others compare it with the controls. Differences are paired by text, with Student's 95 % interval.
@@ -58,33 +59,48 @@ def density_of(layouts: list[BlockLayout]) -> float:
 
 
 def at_most(
-    built: mechs.Built, density: float, taken: list[Sample]
-) -> tuple[mechs.Built, list[BlockLayout]] | None:
-    """A selector's largest setting that keeps at most the density, and its layouts; None where none does."""
-    best = None
+    built: mechs.Built, density: float, taken: list[Sample], start: float | None = None
+) -> tuple[mechs.Built, list[BlockLayout], float] | None:
+    """A selector's largest setting that keeps at most the density, its layouts, and the setting of its knob.
+
+    With ``start``, what another text had: that setting, or the first of some smaller ones that keeps few enough. None
+    where none does.
+    """
+
+    def tried(setting: float) -> tuple[mechs.Built, list[BlockLayout], float] | None:
+        made = built.tune.make(setting)
+        layouts = layouts_of(made.policy, taken)
+        return (made, layouts, setting) if density_of(layouts) <= density * SLACK else None
+
     if built.tune is not None:
         low, high = built.tune.low, built.tune.high
+        if start is not None:
+            settings = (max(low, start - i * (high - low) / 64) for i in range(8))
+            return next((found for found in map(tried, settings) if found), None)
+        best = None
         for _ in range(built.tune.steps):
             middle = (low + high) / 2
-            tried = built.tune.make(middle)
-            layouts = layouts_of(tried.policy, taken)
-            if density_of(layouts) <= density * SLACK:
-                best, low = (tried, layouts), middle
-            else:
-                high = middle
+            found = tried(middle)
+            best, low, high = (found, middle, high) if found else (best, low, middle)
         return best
     for keep in range(built.policy.keep, 0, -1):  # as many blocks whatever the content and the score
         cheap = replace(built.policy, keep=keep, score="mean")
         if density_of(layouts_of(cheap, taken[:1])) <= density * SLACK:
             policy = replace(built.policy, keep=keep)
-            return mechs.Built(policy, repr(policy), {"keep": keep}), layouts_of(policy, taken)
+            return mechs.Built(policy, repr(policy), {"keep": keep}), layouts_of(policy, taken), 0.0
     return None
 
 
 def one_text(
-    subject: Subject, ids: torch.Tensor, names: list[str], densities: list[float], seed: int
+    subject: Subject,
+    ids: torch.Tensor,
+    names: list[str],
+    densities: list[float],
+    seed: int,
+    settings: dict[tuple[str, float], float] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of all mechanisms at all densities on one text."""
+    """Rows of all mechanisms at all densities on one text; ``settings`` of the knobs are read and kept for the next."""
+    settings = {} if settings is None else settings
     n = len(ids)
     taken = samples(subject.model, ids, 1 << 10, seed)
     rows, out = sampled_rows(n, ROWS, seed), []
@@ -93,10 +109,10 @@ def one_text(
         for name in names:
             built = mechs.policy(name, n, density, subject.shape, seed)
             if isinstance(built.policy, Selector):
-                found = at_most(built, density, taken)
+                found = at_most(built, density, taken, settings.get((name, density)))
                 if found is None:
                     continue
-                built, layouts = found
+                built, layouts, settings[name, density] = found
             else:
                 layouts = layouts_of(built.policy, taken)
             kept = [
@@ -211,11 +227,14 @@ def main(argv: list[str] | None = None) -> int:
         * length
     )
     rows: list[dict[str, Any]] = []
+    settings: dict[tuple[str, float], float] = {}
     for number, start in enumerate(starts.tolist()):
         ids = torch.tensor(list(data[start : start + length]))
         role = "choose" if number < texts // 3 else "test"
         head = {"text": number, "role": role, "start": start, "length": length, "seed": a.seed + number}
-        rows += [{**head, **row} for row in one_text(subject, ids, names, densities, a.seed + number)]
+        rows += [
+            {**head, **row} for row in one_text(subject, ids, names, densities, a.seed + number, settings)
+        ]
         print(f"text {number + 1}/{texts}, {time.perf_counter() - began:.0f} s", flush=True)
     found = compared(rows, densities)
     for density in densities:

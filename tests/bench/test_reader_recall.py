@@ -32,11 +32,17 @@ def taken(n=1024, layers=2):
 def test_a_selector_keeps_at_most_the_density_and_no_setting_keeps_more(name):
     found = rr.at_most(mechs.policy(name, 1024, 0.3, SHAPE), 0.3, taken())
     assert found is not None
-    built, layouts = found
+    built, layouts, setting = found
     assert len(layouts) == 2
     assert rr.density_of(layouts) <= 0.3 * rr.SLACK
     assert layouts == rr.layouts_of(built.policy, taken())
-    if name != "flexprefill":
+    if name == "flexprefill":
+        again = rr.at_most(mechs.policy(name, 1024, 0.3, SHAPE), 0.3, taken(), setting + 0.5)
+        assert again is not None
+        assert rr.density_of(again[1]) <= 0.3 * rr.SLACK
+        assert again[2] <= setting + 0.5
+        assert rr.at_most(mechs.policy(name, 1024, 0.3, SHAPE), 0.3, taken(), setting)[2] == setting
+    else:
         more = TopBlocks(64, built.parameters["keep"] + 1, built.policy.score)
         assert rr.density_of(rr.layouts_of(more, taken())) > 0.3 * rr.SLACK
 
