@@ -5,8 +5,8 @@
 
 Queries and keys are those of all layers of the dense model. Attention recall is the share of the dense softmax on the
 kept pairs, in rows drawn by seed, mean over layers and heads. Window + sinks and random blocks have the density asked
-for; every selector has a setting that keeps at most as many pairs: the largest one on the first text, on each other text
-that one or the next smaller one that does.
+for; every selector has a setting that keeps at most as many pairs: the largest one on the first text, on each other
+text that one or the next smaller one that does.
 
 The first third of the texts names the best selector (the oracle, which computes the whole map, does not take part); the
 others compare it with the controls. Differences are paired by text, with Student's 95 % interval.

@@ -7,6 +7,15 @@ from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_atte
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
+from foveate.layers.seer_attention import (
+    BlockGate,
+    SeerAttention,
+    gate_layout,
+    gate_loss,
+    load_gates,
+    pooled_attention_target,
+    save_gates,
+)
 
 __all__ = [
     "BlockGate",
