@@ -272,11 +272,11 @@ class LayerCache:
         )
 
     def _held_view(self, shape: Geometry, whole: bool = False) -> View:
-        """What is stored now; keys and values only if ``whole`` or for scores by queries (others see empty ones)."""
+        """What is stored now; keys and values only if ``whole`` or for scores that need them (else empty)."""
         store = self.store
         assert store is not None
         valid = store.valid()
-        if self.policy.window and (whole or not (self.policy.by_age or self.policy.reads)):
+        if whole or (not (self.policy.by_age or self.policy.reads) and self.policy.needs_keys):
             k, v = store.padded("keys"), store.padded("values")
         else:
             k = store.keys.new_empty(*valid.shape, 0)

@@ -48,6 +48,8 @@ class Policy:
     needs_mass: ClassVar[bool] = False
     """Attention received is accumulated for it (`View.mass`)."""
     needs_outputs: ClassVar[bool] = False
+    needs_keys: ClassVar[bool] = True
+    """Its scores look at keys or values also while decoding (they are gathered for it then)."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -1,4 +1,5 @@
-"""The command line: the catalogue (`list`, `search`, `show`, `reproduce`, `gallery`), `compare` and `bench`.
+"""The command line: the catalogue (`list`, `search`, `show`, `reproduce`, `gallery`), `compare`, `caches`
+and `bench`.
 
 Heavy imports wait until a command runs, so that `--help`, `list`, `search` and `show` are quick.
 """
@@ -6,6 +7,7 @@ Heavy imports wait until a command runs, so that `--help`, `list`, `search` and 
 from __future__ import annotations
 
 from foveate.cli.bench import bench
+from foveate.cli.caches import caches
 from foveate.cli.catalogue import list_papers, reproduce, search, show_paper
 from foveate.cli.common import click
 from foveate.cli.compare import compare
@@ -35,7 +37,7 @@ def app() -> None:
     """Every published attention mechanism, defined once and executed by a few fast engines."""
 
 
-for command in (list_papers, search, show_paper, reproduce, gallery, compare, bench):
+for command in (list_papers, search, show_paper, reproduce, gallery, compare, caches, bench):
     app.add_command(command)
 
 

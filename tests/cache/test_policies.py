@@ -133,7 +133,7 @@ def test_h2o_goes_on_adding_while_it_decodes():
         for b in range(2)
     ]
     g = torch.Generator().manual_seed(9)
-    for step in range(3):
+    for step in range(10):
         new_q, new_k = torch.randn(2, 4, 1, 5, generator=g) * 2, torch.randn(2, 2, 1, 5, generator=g)
         cache.extend(
             new_q, new_k, new_k[..., :3], torch.ones(2, 1, dtype=torch.bool), GEOMETRY, lambda *_: None
@@ -184,6 +184,24 @@ def test_a_fraction_counts_real_tokens_and_grows_with_them():
     for _ in range(4):
         cache.extend(q[one], k[one], v[one], torch.ones(2, 1, dtype=torch.bool), GEOMETRY, lambda *_: None)
     assert [[len(h) for h in row] for row in kept(cache)] == [[14, 14], [11, 11]]  # of 27 and of 21
+
+
+def test_padding_in_later_calls_is_not_stored_and_not_counted():
+    """A second turn of a batch: one row gets three tokens, the other two and a hole."""
+    cache, q, k, v, _ = prefilled(SnapKV(4, 3), 0.5, pads=(0, 0), n=20)
+    more = (slice(None), slice(None), slice(0, 3))
+    real = torch.tensor([[True, True, True], [False, True, True]])
+    cache.extend(
+        q[more],
+        k[more],
+        v[more],
+        real,
+        GEOMETRY,
+        lambda store, a, b: store.padded("positions")[:, :, None] <= torch.arange(20 + a, 20 + b)[:, None],
+    )
+    assert cache.real.tolist() == [23, 22]
+    assert [[len(h) for h in row] for row in kept(cache)] == [[12, 12], [11, 11]]
+    assert all(20 not in head for head in kept(cache)[1])
 
 
 def test_heads_share_a_layer_by_score_and_none_falls_below_the_floor():

@@ -444,6 +444,37 @@ def test_a_policy_of_ones_own():
     assert cache.positions(1)[2][1].tolist() == list(range(0, 33, 2))
 
 
+def test_a_score_of_ones_own_sees_the_keys_while_decoding_too():
+    """The example of docs/caches.md, deciding at every step: what stays are the largest keys, then as later."""
+
+    class Loud(Policy):
+        def score(self, view):
+            return view.keys.norm(dim=3).masked_fill(~view.valid, 0)
+
+    model = made("llama")
+    cache = fv.hf.Cache(model, Loud(), 12, sinks=0, recent=1, evict=1)
+    full = tf.DynamicCache()
+    with torch.no_grad():
+        for step, ids in enumerate((prompts(pads=(0, 0, 0))[0], *torch.randint(2, 60, (5, 3, 1)))):
+            model(ids, past_key_values=cache)
+            with reference(model, None):
+                model(ids, past_key_values=full)
+            if step == 0:
+                held = [set(t.tolist()) for row in cache.positions(0) for t in row]
+                norms = full.layers[0].keys.norm(dim=3)
+                for r, mine in enumerate(held):
+                    line = norms[r // 2, r % 2]
+                    assert mine == {32, *line[:32].topk(11).indices.tolist()}
+            else:
+                line = full.layers[0].keys.norm(dim=3)
+                for r, tokens in enumerate(t for row in cache.positions(0) for t in row):
+                    candidates = sorted(held[r] | {32 + step})
+                    candidates.remove(32 + step)
+                    best = sorted(candidates, key=lambda j: -float(line[r // 2, r % 2, j]))[:11]
+                    held[r] = {*best, 32 + step}
+                    assert set(tokens.tolist()) == held[r]
+
+
 def test_batches_of_many_sizes(tmp_path):
     """Prime sizes, one head, one token of prompt, all rows padded differently."""
     torch.manual_seed(0)

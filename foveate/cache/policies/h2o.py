@@ -25,6 +25,7 @@ class H2O(Policy):
 
     name: ClassVar[str] = "h2o"
     schedule: ClassVar[str | int] = 1
+    needs_keys: ClassVar[bool] = False
     needs_mass: ClassVar[bool] = True
 
     def default_recent(self, amount: int | float, sinks: int) -> int:

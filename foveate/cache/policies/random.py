@@ -22,6 +22,7 @@ class RandomKeep(Policy):
 
     name: ClassVar[str] = "random"
     schedule: ClassVar[str | int] = 1
+    needs_keys: ClassVar[bool] = False
     seed: int = 0
 
     def score(self, view: View) -> Tensor:
