@@ -76,6 +76,8 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.cli
 	$(BIN)/python benchmarks/cpu_forward.py
 	$(BIN)/foveate bench kernels --preset targets --resume --out benchmarks/results
+	$(BIN)/python benchmarks/prefill_selectors.py --resume
+	$(BIN)/python benchmarks/reader_recall.py
 
 evidence: $(VENV)/.cli
 	$(BIN)/foveate reproduce --all --resume --out foveate/catalogue/evidence

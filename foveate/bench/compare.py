@@ -10,7 +10,10 @@ A *cell* is one mechanism at one length. Each is measured against dense in the s
   through, measured over all layers, heads and text windows (without the text task: over one prefill);
   `tiles` is the same count in 64 x 64 tiles, against causal attention: what an engine computes.
 - bits per byte, on the same windows as dense, with the paired difference and its bootstrap interval.
-- needle recall by depth.
+- needle recall by depth, and (`tasks="all"`) the questions of `foveate.bench.ruler`.
+- attention recall: the share of the dense model's attention that the kept pairs hold, on the queries and keys of the
+  dense model, in `RECALL_LAYERS` layers, all heads and `RECALL_ROWS` rows drawn by seed (`foveate.bench.recall`).
+  Soft-caps and learned sinks of a model do not enter; None where no layer is plainly causal.
 
 Every cell is saved as soon as it is done.
 """
@@ -29,15 +32,19 @@ import numpy as np
 import torch
 
 from foveate.bench import mechanisms as mechs
-from foveate.bench import tasks
+from foveate.bench import recall, ruler, tasks
 from foveate.bench.errors import CompareError, unknown
 from foveate.bench.machine import environment
 from foveate.bench.memory import peak_of
 from foveate.bench.results import Results, open_results
 from foveate.bench.subject import Subject, load_subject
 from foveate.bench.texts import Text, load_text
+from foveate.core.selectors.base import Selector
 
-TASKS = ("bpb", "needle")
+TASKS = ("bpb", "needle", *ruler.TASKS)
+USUAL_TASKS = ("bpb", "needle")
+QUESTIONS = 4  # questions of each of ruler's tasks, per needle asked at each depth
+RECALL_LAYERS, RECALL_ROWS = 3, 128
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ class Settings:
     model: str = "reader"
     text: str = "stdlib"
     lengths: tuple[int, ...] = (2048, 4096)
-    mechanisms: tuple[str, ...] = mechs.NAMES
-    tasks: tuple[str, ...] = TASKS
+    mechanisms: tuple[str, ...] = mechs.USUAL
+    tasks: tuple[str, ...] = USUAL_TASKS
     density: float = 0.25
     tokens: int = 24576
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -68,17 +75,17 @@ class Settings:
         return replace(self, tokens=self.tokens // 3, needles=1, repeats=2)
 
     def check(self) -> Settings:
-        """Validated, dense first and nothing twice.
+        """Validated, dense first and nothing twice; "all" as a mechanism or task becomes all of them.
 
         Raises:
             CompareError: an unknown mechanism or task, a length or budget out of range.
         """
-        bad = [name for name in self.mechanisms if name not in mechs.NAMES]
+        bad = [name for name in self.mechanisms if name not in (*mechs.NAMES, "all")]
         if bad:
-            raise unknown("mechanism", bad, mechs.NAMES)
-        bad = [name for name in self.tasks if name not in TASKS]
+            raise unknown("mechanism", bad, (*mechs.NAMES, "all"))
+        bad = [name for name in self.tasks if name not in (*TASKS, "all")]
         if bad:
-            raise unknown("task", bad, TASKS)
+            raise unknown("task", bad, (*TASKS, "all"))
         if not self.lengths or not self.mechanisms or not self.tasks:
             raise CompareError("--lengths, --mechanisms and --tasks each need at least one entry")
         for length in self.lengths:
@@ -95,12 +102,13 @@ class Settings:
             raise CompareError(f"--threads {self.threads}: accepted 0 (torch's default) or more")
         if self.seed < 0:
             raise CompareError(f"--seed {self.seed}: accepted 0 or more")
-        names = ("dense", *(n for n in dict.fromkeys(self.mechanisms) if n != "dense"))
+        asked = mechs.NAMES if "all" in self.mechanisms else self.mechanisms
+        names = ("dense", *(n for n in dict.fromkeys(asked) if n != "dense"))
         return replace(
             self,
             mechanisms=names,
             lengths=tuple(dict.fromkeys(self.lengths)),
-            tasks=tuple(t for t in TASKS if t in self.tasks),
+            tasks=TASKS if "all" in self.tasks else tuple(t for t in TASKS if t in self.tasks),
         )
 
 
@@ -189,7 +197,9 @@ class _Plan:
     length: int
     windows: list[tasks.Window]
     questions: list[tasks.Question]
+    more: dict[str, list[tasks.Question]]
     ids: torch.Tensor
+    samples: list[recall.Sample]
 
 
 class _Work:
@@ -228,7 +238,14 @@ class _Work:
         asked = []
         if "needle" in s.tasks:
             asked = tasks.questions(self.subject, self.text, length, s.depths, s.needles, s.seed)
-        return _Plan(length, windows if "bpb" in s.tasks else windows[:1], asked, windows[0].ids)
+        more = {
+            task: ruler.questions(task, self.subject, self.text, length, QUESTIONS * s.needles, s.seed)
+            for task in ruler.TASKS
+            if task in s.tasks
+        }
+        ids = windows[0].ids
+        samples = recall.samples(self.subject.model, ids, RECALL_LAYERS, s.seed)
+        return _Plan(length, windows if "bpb" in s.tasks else windows[:1], asked, more, ids, samples)
 
     # -------------------- one cell
 
@@ -254,14 +271,19 @@ class _Work:
             "picture": watched.picture(mechs.COLOURS[name]),
             "prefill": {"first_seconds": first, **self._prefill(name, built.policy, plan.ids, step)},
             "memory": self._memory(built.policy, plan.ids),
+            "attention_recall": self._attention_recall(built.policy, plan),
             "bpb": None,
             "needle": None,
+            **{task: None for task in ruler.TASKS if task in s.tasks},
         }
         if "bpb" in s.tasks and not _closed(dense, "bpb"):
             cell["bpb"] = self._bpb(built.policy, plan, dense, step)
             cell["density"] = cell["bpb"]["density"]
         if "needle" in s.tasks and not _closed(dense, "needle"):
             cell["needle"] = self._needle(built.policy, plan, step)
+        for task in plan.more:
+            if not _closed(dense, task):
+                cell[task] = self._questions(task, built.policy, plan, step)
         cell["seconds"] = time.perf_counter() - began
         return cell
 
@@ -386,6 +408,47 @@ class _Work:
         depths = [{"depth": d, "hits": sum(hit), "n": len(hit)} for d, hit in found.items()]
         return {"recall": hits / n, "hits": hits, "n": n, "low": low, "high": high, "by_depth": depths}
 
+    def _questions(
+        self, task: str, policy: Any, plan: _Plan, step: Callable[[str, float], None]
+    ) -> dict[str, Any]:
+        """Mean over questions of the share of parts that are right. Its interval is Wilson's for as many yes or no
+        answers as there are questions, which is wide enough for shares.
+        """
+        found: list[list[bool]] = []
+        with self._applied(policy):
+            for i, question in enumerate(plan.more[task]):
+                step(task, 0.65 + 0.35 * i / len(plan.more[task]))
+                logits = self.subject.logits(question.ids, keep=question.answer_len + 1)[0]
+                found.append(tasks.recalled(logits, question))
+        value = statistics.fmean(sum(parts) / len(parts) for parts in found)
+        low, high = tasks.wilson(value * len(found), len(found))
+        hits, n = sum(map(sum, found)), sum(map(len, found))
+        return {"recall": value, "hits": hits, "n": n, "questions": len(found), "low": low, "high": high}
+
+    def _attention_recall(self, policy: Any, plan: _Plan) -> dict[str, Any] | None:
+        if not plan.samples:
+            return None
+        rows = recall.sampled_rows(plan.length, RECALL_ROWS, self.settings.seed)
+        by_layer = []
+        for sample in plan.samples:
+            if policy == "dense":
+                by_layer.append([1.0] * sample.q.shape[1])
+                continue
+            layout = (
+                policy.layout(sample.q, sample.k, scale=sample.scale, is_causal=True)
+                if isinstance(policy, Selector)
+                else policy.layout(plan.length)
+            )
+            kept = recall.attention_recall(sample.q, sample.k, layout, rows=rows, scale=sample.scale)
+            by_layer.append([round(x, 6) for x in kept.mean((0, 2)).tolist()])
+        return {
+            "value": statistics.fmean(map(statistics.fmean, by_layer)),
+            "least": min(map(min, by_layer)),
+            "layers": [sample.layer for sample in plan.samples],
+            "heads": by_layer,
+            "rows": len(rows),
+        }
+
     # -------------------- the gates
 
     def gates(self, dense: dict[str, Any], plan: _Plan) -> list[dict[str, Any]]:
@@ -405,16 +468,18 @@ class _Work:
                         "rule": "below the order-0 entropy of the text's bytes",
                     }
                 )
-        if dense["needle"] is not None and dense["needle"]["recall"] < self.settings.gate:
-            closed.append(
-                {
-                    "task": "needle",
-                    "length": plan.length,
-                    "dense": dense["needle"]["recall"],
-                    "needed": self.settings.gate,
-                    "rule": "recall of",
-                }
-            )
+        for task in ("needle", *ruler.TASKS):
+            asked = dense.get(task)
+            if asked is not None and asked["recall"] < self.settings.gate:
+                closed.append(
+                    {
+                        "task": task,
+                        "length": plan.length,
+                        "dense": asked["recall"],
+                        "needed": self.settings.gate,
+                        "rule": "recall of",
+                    }
+                )
         return closed
 
 

@@ -4,6 +4,9 @@ Every mechanism has one knob that changes its density monotonically (mostly the 
 knob is bisected until the mechanism lets through the asked share of the causal pairs at the length at hand.
 So they differ in *which* pairs they keep, not in how many. FlexPrefill chooses by content: its knob, gamma,
 is bisected on measured forwards (`Tune`).
+
+A new mechanism is a builder (length, density, shape, seed) -> `Built` and a line of `MECHANISMS`; where only a forward
+shows what a setting keeps, `tuned` makes the builder from the setting.
 """
 
 from __future__ import annotations
@@ -24,55 +27,10 @@ from foveate.core.patterns import Causal, Dilated, Pattern, PowerOfTwo, Random, 
 from foveate.core.patterns.base import CACHE
 from foveate.core.selectors.base import Selector
 
-NAMES = ("dense", "sliding_sinks", "dilated", "power", "shards", "flexprefill", "random")
-
-TITLES = {
-    "dense": "dense",
-    "sliding_sinks": "window + sinks",
-    "dilated": "dilated",
-    "power": "power of two",
-    "shards": "shards",
-    "flexprefill": "FlexPrefill",
-    "random": "random blocks",
-}
-
-ABOUT = {
-    "dense": "Every key up to the query. What all others are measured against.",
-    "sliding_sinks": "The nearest keys and the first tokens, where models put attention they do not need.",
-    "dilated": "A close window, and further back only some of the keys: more reach for as many pairs.",
-    "power": "Blocks at distances 1, 2, 4, 8, …: every earlier token is at most a few layers away.",
-    "shards": "A near band, and in every head another share of the far blocks; together the heads see all.",
-    "flexprefill": "Looks at the content: the last queries vote for the columns and diagonals of each head.",
-    "random": "The control: as many pairs in each row of query blocks as window + sinks, in whole blocks at "
-    "random places, others in every head; the diagonal is always kept.",
-}
-
-SOURCES = {
-    "dense": "",
-    "sliding_sinks": "Efficient Streaming Language Models with Attention Sinks, 2023",
-    "dilated": "Longformer: The Long-Document Transformer, 2020",
-    "power": "PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention, 2025",
-    "shards": "Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention "
-    "Heads, 2024",
-    "flexprefill": "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence "
-    "Inference, 2025",
-    "random": "",
-}
-
-COLOURS = {
-    "dense": "#7d848a",
-    "sliding_sinks": "#2a7fc9",
-    "dilated": "#e0702b",
-    "power": "#1a9c76",
-    "shards": "#b657a8",
-    "flexprefill": "#c08a00",
-    "random": "#8a8f94",
-}
-"""Mid tones that read on light and on dark pages."""
-
 SHORTEST = 256
 SINKS = 16
 NEAR = 64
+HIP_KEYS = 4
 
 
 @dataclass(frozen=True)
@@ -101,6 +59,10 @@ class Built:
     text: str
     parameters: dict[str, Any] = field(default_factory=dict)
     tune: Tune | None = None
+
+
+Build = Callable[[int, float, Shape, int], Built]
+"""(length, density, shape, seed) -> the policy."""
 
 
 def causal_pairs(n: int) -> int:
@@ -207,17 +169,6 @@ def _flexprefill(length: int, density: float, shape: Shape, seed: int) -> Built:
     return Built(start.policy, start.text, start.parameters, Tune(make, 0.01, 6.0))
 
 
-_BUILDERS: dict[str, Callable[[int, float, Shape, int], Built]] = {
-    "dense": _dense,
-    "sliding_sinks": _sliding_sinks,
-    "dilated": _dilated,
-    "power": _power,
-    "shards": _shards,
-    "flexprefill": _flexprefill,
-    "random": _random,
-}
-
-
 def _fit(make: Callable[[int], Pattern], length: int, density: float, most: int | None = None) -> int:
     """The window whose layout is nearest to the density."""
 
@@ -265,6 +216,157 @@ def _whole_blocks(like: BlockLayout, heads: int) -> BlockLayout:
             carried = wanted - count if r else carried
             blocks[h, r, : count + 1] = True
     return BlockLayout.from_blocks(torch.from_numpy(blocks), n, n, causal=True)
+
+
+def tuned(
+    make: Callable[[float], tuple[Selector, dict[str, Any]]], low: float, high: float, steps: int = 7
+) -> Build:
+    """The builder of a selector whose density grows with one setting between low and high.
+
+    make: setting -> the selector and its parameters as they are reported.
+    """
+
+    def built(setting: float) -> Built:
+        chosen, parameters = make(setting)
+        return Built(chosen, repr(chosen), parameters)
+
+    def build(length: int, density: float, shape: Shape, seed: int) -> Built:
+        start = built((low + high) / 2)
+        return Built(start.policy, start.text, start.parameters, Tune(built, low, high, steps))
+
+    return build
+
+
+def _anchor(theta: float) -> tuple[Selector, dict[str, Any]]:
+    from foveate.core.selectors.anchor_attention import AnchorAttention
+
+    theta = round(theta, 3)
+    return AnchorAttention(block=NEAR // 4, step=4, theta=theta, init=SINKS), {"theta": theta}
+
+
+def _hip(log_blocks: float) -> tuple[Selector, dict[str, Any]]:
+    from foveate.core.selectors.hip import HiP
+
+    keys = HIP_KEYS * max(1, round(2**log_blocks))
+    chosen = HiP(keys, block_q=NEAR, stride_q=8, block_k=HIP_KEYS, sink=SINKS, window=2 * NEAR)
+    return chosen, {"keys": keys, "block_k": HIP_KEYS}
+
+
+def _top_blocks(score: str) -> Build:
+    """The best blocks by a score: as many per row of query blocks as the density holds."""
+
+    def build(length: int, density: float, shape: Shape, seed: int) -> Built:
+        from foveate.core.selectors.top_blocks import TopBlocks
+
+        rows = np.arange(-(-length // TILE))
+        height = np.minimum(TILE, length - TILE * rows)
+        kept = np.arange(1, len(rows) + 1)
+        full = np.minimum(rows, kept[:, None] - 1) * TILE  # (keep, rows): columns before the diagonal block
+        got = (height * (full + (height + 1) / 2)).sum(1) / causal_pairs(length)
+        keep = int(kept[np.abs(got - density).argmin()])
+        if got[0] > 1.1 * density:
+            raise ValueError(f"density {density:.0%} cannot be reached; accepted {got[0]:.0%} to 100%")
+        chosen = TopBlocks(TILE, keep, score)
+        return Built(chosen, repr(chosen), {"block": TILE, "keep": keep})
+
+    return build
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """One row of the table: how a mechanism is called, shown and made.
+
+    ``usual``: part of a comparison that names no mechanisms.
+    """
+
+    name: str
+    title: str
+    build: Build
+    colour: str
+    about: str
+    source: str = ""
+    usual: bool = True
+
+
+MECHANISMS = (
+    Mechanism("dense", "dense", _dense, "#7d848a", "Every key up to the query. What all others are measured against."),
+    Mechanism(
+        "sliding_sinks", "window + sinks", _sliding_sinks, "#2a7fc9",
+        "The nearest keys and the first tokens, where models put attention they do not need.",
+        "Efficient Streaming Language Models with Attention Sinks, 2023",
+    ),
+    Mechanism(
+        "dilated", "dilated", _dilated, "#e0702b",
+        "A close window, and further back only some of the keys: more reach for as many pairs.",
+        "Longformer: The Long-Document Transformer, 2020",
+    ),
+    Mechanism(
+        "power", "power of two", _power, "#1a9c76",
+        "Blocks at distances 1, 2, 4, 8, …: every earlier token is at most a few layers away.",
+        "PowerAttention: Exponentially Scaling of Receptive Fields for Effective Sparse Attention, 2025",
+    ),
+    Mechanism(
+        "shards", "shards", _shards, "#b657a8",
+        "A near band, and in every head another share of the far blocks; together the heads see all.",
+        "Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention Heads, 2024",
+    ),
+    Mechanism(
+        "flexprefill", "FlexPrefill", _flexprefill, "#c08a00",
+        "Looks at the content: the last queries vote for the columns and diagonals of each head.",
+        "FlexPrefill: A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference, 2025",
+    ),
+    Mechanism(
+        "blocks_mean", "blocks by mean", _top_blocks("mean"), "#d1495b",
+        "Looks at the content: each block of queries takes the blocks whose mean key fits its mean query best.",
+        "MoBA: Mixture of Block Attention for Long-Context LLMs, 2025",
+        usual=False,
+    ),
+    Mechanism(
+        "blocks_bounds", "blocks by bounds", _top_blocks("bounds"), "#6a5acd",
+        "Looks at the content: each block of queries takes the blocks that may hold the largest logit of its mean "
+        "query, by the least and largest value of every key dimension.",
+        "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, 2024",
+        usual=False,
+    ),
+    Mechanism(
+        "blocks_peak", "blocks by peak", _top_blocks("peak"), "#a0522d",
+        "Looks at the content: each block of queries takes the blocks that hold the largest logits of its mean query.",
+        usual=False,
+    ),
+    Mechanism(
+        "anchor", "AnchorAttention", tuned(_anchor, -10.0, 14.0, steps=9), "#7a9a01",
+        "Looks at the content: single columns whose logits come close to the largest one among the first and the "
+        "nearest keys.",
+        "AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity, 2025",
+        usual=False,
+    ),
+    Mechanism(
+        "hip", "HiP", tuned(_hip, 0.0, 14.0, steps=9), "#008b8b",
+        "Looks at the content: a tree search for the blocks of a few keys that fit best, in rounds that halve ranges.",
+        "HiP Attention: Sparse Sub-Quadratic Attention with Hierarchical Attention Pruning, 2024",
+        usual=False,
+    ),
+    Mechanism(
+        "oracle", "oracle blocks", _top_blocks("mass"), "#3f9c9c",
+        "The upper bound, at quadratic cost: each block of queries takes the blocks in which dense attention has most "
+        "mass. Not a mechanism one would use.",
+        usual=False,
+    ),
+    Mechanism(
+        "random", "random blocks", _random, "#8a8f94",
+        "The control: as many pairs in each row of query blocks as window + sinks, in whole blocks at random places, "
+        "others in every head; the diagonal is always kept.",
+    ),
+)  # fmt: skip
+"""In the order in which they are measured and shown. Colours are mid tones that read on light and on dark pages."""
+
+NAMES = tuple(m.name for m in MECHANISMS)
+USUAL = tuple(m.name for m in MECHANISMS if m.usual)
+TITLES = {m.name: m.title for m in MECHANISMS}
+ABOUT = {m.name: m.about for m in MECHANISMS}
+SOURCES = {m.name: m.source for m in MECHANISMS}
+COLOURS = {m.name: m.colour for m in MECHANISMS}
+_BUILDERS = {m.name: m.build for m in MECHANISMS}
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.bench import mechanisms as mechs
+from foveate.bench import ruler
 from foveate.bench.charts import Line, Point, lines, scatter, spread
-from foveate.bench.compare import describe_gate
+from foveate.bench.compare import RECALL_LAYERS, RECALL_ROWS, describe_gate
 from foveate.bench.results import write_atomic
 
 if TYPE_CHECKING:
@@ -76,6 +77,16 @@ def lost(bpb: dict[str, Any] | None, plain: bool = False) -> str:
     )
 
 
+def kept(cell: dict[str, Any]) -> str:
+    """Attention recall, or a dash.
+
+    >>> kept({"attention_recall": {"value": 0.98765}}), kept({})
+    ('98.8%', '–')
+    """
+    found = cell.get("attention_recall")
+    return "–" if found is None else f"{found['value']:.1%}"
+
+
 def label(name: str) -> str:
     return mechs.TITLES.get(name, name)
 
@@ -83,8 +94,13 @@ def label(name: str) -> str:
 # -------------------- terminal
 
 
+def table_width(results: dict[str, Any]) -> int:
+    """Columns that `table` needs: 100 with the usual tasks."""
+    return 100 + 7 * sum(any(cell.get(task) for cell in results["cells"]) for task in ruler.TASKS)
+
+
 def table(results: dict[str, Any]) -> Table:
-    """A rich table of all cells, at most 100 columns wide."""
+    """A rich table of all cells, at most 100 columns wide with the usual tasks. "recall" is of attention."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -100,16 +116,19 @@ def table(results: dict[str, Any]) -> Table:
         collapse_padding=True,
     )
     made.add_column("mechanism", no_wrap=True)
-    for head in (
+    more = [task for task in ruler.TASKS if any(cell.get(task) for cell in results["cells"])]
+    heads = [
         "tokens",
         "density",
+        "recall",
         "prefill",
         "speed-up",
         "memory",
-        "bits/byte",
+        "bpb",
         "lost vs dense",
         "needle",
-    ):
+    ]
+    for head in [*heads, *more]:
         made.add_column(head, justify="right", no_wrap=True)
     last = None
     for cell in results["cells"]:
@@ -121,12 +140,14 @@ def table(results: dict[str, Any]) -> Table:
             cell["mechanism"],
             str(cell["length"]),
             f"{cell['density']:.1%}",
+            kept(cell),
             seconds(cell["prefill"]["seconds"]),
             f"{cell['prefill']['speedup']:.2f}×",
             size(cell["memory"]["peak_bytes"]),
             "–" if bpb is None else f"{bpb['value']:.3f}",
             lost(bpb, plain=True),
             "–" if needle is None else f"{needle['hits']}/{needle['n']}",
+            *("–" if cell.get(task) is None else f"{cell[task]['recall']:.0%}" for task in more),
         ]
         made.add_row(*(Text(x) for x in row), style="dim" if cell["mechanism"] == "random" else "")
     return made
@@ -237,13 +258,27 @@ def _points(cells: list[dict[str, Any]], task: str) -> list[Point]:
     return out
 
 
+def _recall_points(cells: list[dict[str, Any]]) -> list[Point]:
+    out = []
+    for c in cells:
+        name, found = c["mechanism"], c.get("attention_recall")
+        if found is None:
+            continue
+        shares = f"{c['tiles']:.0%} of the tiles, {c['density']:.1%} of the pairs"
+        note = f"{label(name)}: {kept(c)} of the attention, {shares}"
+        colour = mechs.COLOURS.get(name, "#888888")
+        out.append(Point(label(name), c["tiles"], found["value"], None, None, colour, name == "random", note))
+    return out
+
+
 def _sections(results: dict[str, Any]) -> list[dict[str, Any]]:
     made = []
     for length in results["identity"]["settings"]["lengths"]:
         cells = [c for c in results["cells"] if c["length"] == length]
         if not cells:
             continue
-        bpb, needle = _points(cells, "bpb"), _points(cells, "needle")
+        bpb, needle, recall = _points(cells, "bpb"), _points(cells, "needle"), _recall_points(cells)
+        more = [task for task in ruler.TASKS if any(c.get(task) for c in cells)]
         curves = [
             Line(
                 label(c["mechanism"]),
@@ -278,6 +313,17 @@ def _sections(results: dict[str, Any]) -> list[dict[str, Any]]:
                 )
                 if len(needle) > 1
                 else None,
+                "recall_chart": scatter(
+                    recall,
+                    title=f"Attention recall against tiles computed at {length} tokens",
+                    x_title="share of the causal tiles that are computed",
+                    y_title="dense attention kept",
+                    percent=True,
+                    x_percent=True,
+                )
+                if len(recall) > 1
+                else None,
+                "more": more,
                 "position_chart": lines(
                     curves,
                     length,
@@ -305,7 +351,9 @@ def html(results: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters.update(seconds=seconds, size=size, signed=signed, lost=lost, label=label, gate=describe_gate)
+    env.filters.update(
+        seconds=seconds, size=size, signed=signed, lost=lost, label=label, gate=describe_gate, kept=kept
+    )
     longest = max((c["length"] for c in results["cells"]), default=0)
     gallery = [c for c in results["cells"] if c["length"] == longest and c["picture"]]
     return env.get_template("report.html.j2").render(
@@ -321,6 +369,9 @@ def html(results: dict[str, Any]) -> str:
         about=mechs.ABOUT,
         sources=mechs.SOURCES,
         colours=mechs.COLOURS,
+        tasks=ruler.TITLES,
+        recall_layers=RECALL_LAYERS,
+        recall_rows=RECALL_ROWS,
         total=math.fsum(c["seconds"] for c in results["cells"]),
     )
 

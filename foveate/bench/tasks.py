@@ -1,5 +1,7 @@
 """What the model can still do: bits per byte on held-out text, and recall of a needle by depth.
 
+More kinds of questions are in `foveate.bench.ruler`.
+
 Both tasks read one prefill: a sequence of exactly `length` tokens goes through the model once, so every
 query row, the question's and the answer's included, lives under the policy. Nothing is generated. An answer
 counts when the argmax at each of its positions is the right token given the right ones before (teacher
@@ -37,11 +39,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Question:
-    """Token ids (n,) whose last ``answer_len`` are the answer; ``depth`` 0.0 (start) .. 1.0 (just before)."""
+    """Token ids (n,) whose last ``answer_len`` are the answer; ``depth`` 0.0 (start) .. 1.0 (just before).
+
+    ``parts``: [start, stop) within the answer of what is asked for, where that is several things; else all of it.
+    """
 
     ids: torch.Tensor
     answer_len: int
     depth: float
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 # -------------------- bits per byte
@@ -208,18 +214,24 @@ def _passkey_question(
     return Question(torch.tensor(ids), len(answer), depth)
 
 
-def is_recalled(logits: torch.Tensor, question: Question) -> bool:
-    """True when the argmax at every answer position is the answer's token.
+def recalled(logits: torch.Tensor, question: Question) -> list[bool]:
+    """For each part of the answer, whether the argmax at every position of it is the answer's token.
 
     Args:
         logits: (answer_len + 1, vocabulary), of the last answer_len + 1 positions; the last one predicts
         nothing asked.
     """
     answer = question.ids[-question.answer_len :]
-    return bool((logits[: question.answer_len].argmax(-1) == answer).all())
+    right = (logits[: question.answer_len].argmax(-1).to(answer.device) == answer).tolist()
+    return [all(right[low:high]) for low, high in question.parts or ((0, question.answer_len),)]
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def is_recalled(logits: torch.Tensor, question: Question) -> bool:
+    """True when every part of the answer is right."""
+    return all(recalled(logits, question))
+
+
+def wilson(hits: float, n: int, z: float = 1.96) -> tuple[float, float]:
     """95 % Wilson interval of a proportion.
 
     >>> [round(x, 2) for x in wilson(20, 20)]

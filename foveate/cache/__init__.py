@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from foveate.cache.budget import Budget
 from foveate.cache.layer import Geometry, LayerCache, Pool
+from foveate.cache.longheads import (
+    LongHeadsCache,
+    LongHeadsPolicy,
+    chunk_representation,
+    longheads_attention,
+    select_chunks,
+)
 from foveate.cache.moa import (
     MoAPlan,
     SpanRule,
@@ -15,6 +22,7 @@ from foveate.cache.moa import (
 )
 from foveate.cache.policies.duo_attention import DuoAttention, duo_attention, duo_pattern, head_table
 from foveate.cache.policies.h2o import H2O
+from foveate.cache.policies.moa import MoA
 from foveate.cache.policies.oracle import OracleTopK
 from foveate.cache.policies.random import RandomKeep
 from foveate.cache.policies.recycled import Recycled, recycled_mask
@@ -33,6 +41,9 @@ __all__ = [
     "Geometry",
     "Kept",
     "LayerCache",
+    "LongHeadsCache",
+    "LongHeadsPolicy",
+    "MoA",
     "MoAPlan",
     "OracleTopK",
     "Policy",
@@ -47,15 +58,18 @@ __all__ = [
     "TaskKV",
     "View",
     "attention_influence",
+    "chunk_representation",
     "duo_attention",
     "duo_pattern",
     "group_influence",
     "head_table",
     "load",
+    "longheads_attention",
     "make",
     "predicted_loss",
     "recycled_mask",
     "search_spans",
+    "select_chunks",
     "semantic_distances",
     "span_rules",
 ]

@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     "--mechanisms",
     default="dense,sliding_sinks,dilated,power,shards,flexprefill,random",
     show_default=True,
-    help="What to compare; dense is always measured.",
+    help="What to compare, or 'all'; dense is always measured.",
 )
-@click.option("--tasks", default="bpb,needle", show_default=True, help="Quality tasks: bpb, needle.")
+@click.option(
+    "--tasks", default="bpb,needle", show_default=True, help="bpb, needle, kv, vt, cwe, fwe; or 'all'."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     type=float,
     default=0.5,
     show_default=True,
-    help="Dense needle recall below which needle is not shown; 0: show all.",
+    help="Dense recall below which needles and questions are not shown; 0: show all.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of needles, random blocks and intervals."
@@ -86,8 +88,10 @@ def compare(
     """What restricting attention costs a model in quality, and saves in time and memory.
 
     Every mechanism at every length: density, prefill seconds against dense (alternating runs), peak memory,
-    bits per byte on held-out text, recall of a hidden needle by depth. Results are saved after each; the end
-    is a table, results.json, report.html and tradeoff.png in --out.
+    attention recall against the dense map, bits per byte on held-out text, recall of a hidden needle by depth,
+    and with --tasks all key-value retrieval, variable tracing, common and frequent words. A task that the dense
+    model cannot do is named and not shown. Results are saved after each cell; the end is a table, results.json,
+    report.html and tradeoff.png in --out.
     """
     from foveate.bench.errors import CompareError
 
@@ -139,7 +143,7 @@ def compare(
     found = results.as_dict()
     written = report.write(found, out)
     table = report.table(found)
-    (console if console.is_terminal else Console(width=100)).print(table)
+    (console if console.is_terminal else Console(width=report.table_width(found))).print(table)
     for line in found["gates"]:
         click.echo(comparison.describe_gate(line))
     for path in [results.path, *written]:
@@ -223,10 +227,11 @@ class _Bar:
 
 
 def _summary(cell: dict[str, Any]) -> str:
-    from foveate.bench import report
+    from foveate.bench import report, ruler
 
     parts = [
         f"{cell['mechanism']} at {cell['length']}: density {cell['density']:.1%}",
+        f"recall {report.kept(cell)}",
         f"prefill {report.seconds(cell['prefill']['seconds'])} ({cell['prefill']['speedup']:.2f}x)",
     ]
     if cell["bpb"]:
@@ -234,4 +239,5 @@ def _summary(cell: dict[str, Any]) -> str:
         parts.append(f"{cell['bpb']['value']:.3f} bits/byte{change}")
     if cell["needle"]:
         parts.append(f"needle {cell['needle']['hits']}/{cell['needle']['n']}")
+    parts += [f"{task} {cell[task]['recall']:.0%}" for task in ruler.TASKS if cell.get(task)]
     return ", ".join(parts) + f"  [{report.seconds(cell['seconds'])}]"

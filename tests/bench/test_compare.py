@@ -62,6 +62,8 @@ def test_results_have_the_documented_shape(finished):
         assert cell["picture"].startswith("data:image/png;base64,")
         assert cell["bpb"]["windows"] == 4
         assert len(cell["bpb"]["by_position"]) == 8
+        assert set(cell) >= {"attention_recall", "bpb", "needle"}
+        assert not set(cell) & {"kv", "vt", "cwe", "fwe"}  # not asked for
     dense, window, control = found["cells"]
     assert dense["density"] == dense["tiles"] == 1.0
     assert dense["bpb"]["difference"] is None
@@ -232,3 +234,66 @@ def test_quick_is_less_of_the_same():
     assert quick.tokens * 3 == settings.tokens
     assert quick.needles == 1
     assert quick.mechanisms == settings.mechanisms
+
+
+def test_attention_recall_is_that_of_the_dense_model(finished, settings):
+    """The window's share of eager attention weights, formed whole, in the rows that were drawn."""
+    from foveate.bench import mechanisms as mechs
+    from foveate.bench import recall, tasks
+    from foveate.bench.texts import load_text
+
+    subject = load_subject(settings.model)
+    dense, window, control = (cell["attention_recall"] for cell in read_results(finished)["cells"])
+    assert dense["value"] == dense["least"] == 1.0
+    assert window["layers"] == control["layers"] == [0, 1]
+    (first,) = tasks.token_windows(subject, load_text(settings.text), 512, 4)[:1]
+    subject.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = subject.model(input_ids=first.ids[None], output_attentions=True, use_cache=False).attentions
+    mask = mechs.policy("sliding_sinks", 512, 0.3, subject.shape).policy.layout(512).to_dense()
+    rows = recall.sampled_rows(512, compare.RECALL_ROWS, settings.seed)
+    for layer, weights in zip(window["heads"], maps, strict=True):
+        want = (weights * mask).sum(-1)[0, :, rows].mean(1)
+        assert layer == pytest.approx(want.tolist(), abs=1e-4)
+    assert window["value"] == pytest.approx(sum(map(sum, window["heads"])) / 8)
+    assert window["least"] == min(map(min, window["heads"]))
+    assert window["rows"] == 128
+
+
+def test_all_tasks_are_asked_and_those_dense_cannot_do_are_not_shown(settings, tmp_path):
+    told = Told()
+    every = dataclasses.replace(
+        settings, tasks=("all",), mechanisms=("blocks_mean",), lengths=(1100,), tokens=1100, repeats=1
+    )
+    compare.run(every, tmp_path, listener=told)
+    found = read_results(tmp_path)
+    assert found["identity"]["settings"]["tasks"] == list(compare.TASKS)
+    assert {g["task"] for g in found["gates"]} == {"needle", "kv", "vt", "cwe", "fwe"}
+    assert "vt at 1100 tokens is not shown: dense reaches 0.00, needed: recall of 0.50" in told.lines
+    for cell in found["cells"]:
+        assert [cell[task] for task in ("kv", "vt", "cwe", "fwe")] == [None] * 4
+    page = report.html(found)
+    assert "fwe at 1100 tokens is not shown" in page
+    assert "Attention kept" in page
+
+
+def test_questions_are_scored_by_their_parts_and_shown_where_the_gate_is_open(
+    settings, tmp_path, monkeypatch
+):
+    from foveate.bench import tasks
+
+    right = iter([[True, False], [True, True], [False, False], [True, True]] * 2)
+    monkeypatch.setattr(tasks, "recalled", lambda logits, question: next(right))
+    asked = dataclasses.replace(settings, tasks=("vt",), mechanisms=("random",), repeats=1)
+    compare.run(asked, tmp_path)
+    dense, control = (cell["vt"] for cell in read_results(tmp_path)["cells"])
+    assert dense == control
+    assert dense["recall"] == 5 / 8
+    assert (dense["hits"], dense["n"], dense["questions"]) == (5, 8, 4)
+    assert 0.1 < dense["low"] < 5 / 8 < dense["high"] < 1
+    found = read_results(tmp_path)
+    assert found["gates"] == []
+    page = report.html(found)
+    assert "<th>variable tracing</th>" in page
+    assert "62%" in page
+    assert "Variable tracing</b>: questions in the grammar of RULER" in page

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from foveate.bench import mechanisms as mechs
 from foveate.bench.pictures import coverage
 from foveate.core.patterns import Causal
 from foveate.core.selectors.base import Selector
+from foveate.selectors import TopBlocks
 
 STATIC = ("sliding_sinks", "dilated", "power", "shards", "random")
 SHAPE = mechs.Shape(8, 4)
@@ -71,3 +73,43 @@ def test_coverage_is_the_mean_of_the_mask():
     assert grid.shape == (256, 256)
     assert abs(grid - exact.numpy()).max() < 1e-6
     assert coverage(Causal().layout(64 * 300)).shape == (150, 150)  # several tiles per cell
+
+
+@pytest.mark.parametrize("name", ["blocks_mean", "blocks_bounds", "blocks_peak", "oracle"])
+@pytest.mark.parametrize(("length", "rel"), [(1000, 0.2), (2048, 0.12), (4096, 0.06)])
+def test_top_blocks_have_the_density_asked_whatever_the_content(name, length, rel):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 8, length, 16, generator=g), torch.randn(1, 4, length, 16, generator=g)
+    built = mechs.policy(name, length, 0.25, SHAPE)
+    assert built.tune is None
+    got = mechs.density_of(built.policy.layout(q, k))
+    assert got == pytest.approx(0.25, rel=rel)
+    other = TopBlocks(64, built.parameters["keep"] + 1, built.policy.score)
+    assert abs(mechs.density_of(other.layout(q, k)) - 0.25) >= abs(got - 0.25)
+
+
+@pytest.mark.parametrize("name", ["anchor", "hip", "flexprefill"])
+def test_the_knob_of_a_selector_reaches_the_density(name):
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 8, 1024, 16, generator=g) * 2, torch.randn(1, 4, 1024, 16, generator=g)
+    tune = mechs.policy(name, 1024, 0.25, SHAPE).tune
+    low, high = tune.low, tune.high
+    got = lambda x: mechs.density_of(tune.make(x).policy.layout(q, k))  # noqa: E731
+    assert got(low) < 0.25 < got(high)
+    for _ in range(tune.steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if got(middle) > 0.25 else (middle, high)
+    assert got(low) == pytest.approx(0.25, rel=0.15)
+
+
+def test_a_builder_from_a_setting_is_tuned_by_its_density():
+    built = mechs.tuned(lambda x: (TopBlocks(keep=round(2**x)), {"x": x}), 0, 4)(512, 0.3, SHAPE, 0)
+    assert built.parameters == {"x": 2.0}
+    assert built.text == "TopBlocks(block=64, keep=4, score='mean', first=1, local=1)"
+    assert built.tune.make(3.0).policy == TopBlocks(keep=8)
+
+
+def test_the_usual_comparison_has_no_oracle_and_names_are_in_the_order_of_the_table():
+    assert mechs.USUAL == ("dense", "sliding_sinks", "dilated", "power", "shards", "flexprefill", "random")
+    assert set(mechs.USUAL) < set(mechs.NAMES)
+    assert "upper bound" in mechs.ABOUT["oracle"]

@@ -6,7 +6,8 @@ from io import StringIO
 import pytest
 
 from foveate.bench import charts, report
-from foveate.bench.mechanisms import NAMES, TITLES
+from foveate.bench.mechanisms import TITLES
+from foveate.bench.mechanisms import USUAL as NAMES
 from foveate.bench.pictures import png
 
 EVIL = "<script>alert('x')</script>\"'&{{ 7 * 7 }}"

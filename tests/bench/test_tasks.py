@@ -175,6 +175,7 @@ def test_needle_counts_of_a_model_that_knows_half_of_the_answers(monkeypatch):
     settings = compare.Settings(depths=(0.0, 1.0), needles=40)
     work = compare._Work(settings, subject, Text("t", "x = 1\n" * 1000, 1), compare.Quiet())
     monkeypatch.setattr(work, "_applied", lambda policy: nullcontext())
+    monkeypatch.setattr(compare.recall, "samples", lambda *_: [])
     plan = work.plan(300)
     found = work._needle("dense", plan, lambda what, share: None)
     even = [all(int(i) % 2 == 0 for i in q.ids[-5:]) for q in plan.questions]
