@@ -40,6 +40,7 @@ _MODULES = {
     "layers": "foveate.layers",
     "hf": "foveate.hf",
     "organisms": "foveate.organisms",
+    "statistics": "foveate.core.statistics",
 }
 
 __all__ = [
@@ -68,10 +69,12 @@ __all__ = [
     "organisms",
     "patterns",
     "selectors",
+    "statistics",
 ]
 
 if TYPE_CHECKING:
     from foveate import cache, composite, compress, hf, layers, organisms, patterns, selectors
+    from foveate.core import statistics
     from foveate.core.attention import attention, explain
     from foveate.core.layout import BlockLayout
     from foveate.core.merge import merge

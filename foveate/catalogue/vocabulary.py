@@ -96,6 +96,7 @@ TAGS = {
     "system": "several parts that work together",
     "diffusion": "made for diffusion models",
     "backbone": "a network that gives features",
+    "shared-heads": "query heads that share a key head decide together",
     "exact": "equals attention over its set of pairs",
     "approximate": "approximates dense attention",
     "shift-equivariant": "shifted input gives the shifted output",
@@ -208,7 +209,8 @@ CHECKS: dict[str, dict[str, str]] = {
         "gradients": "gradients of q, k and v pass gradcheck in float64",
         "batch_rows": _BATCH,
         "strides": _STRIDES,
-        "grouped_heads": "fewer key heads than query heads give what repeated ones give, or are refused by name",
+        "grouped_heads": "fewer key heads than query heads give what repeated ones give (tag `shared-heads`: where the "
+        "query heads of a key head are equal), or are refused by name",
         "extreme_logits": "very large, very small and zero queries and keys give finite results",
         "deterministic": "the same inputs give the same bits",
         "inputs_unchanged": _UNCHANGED,

@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.composite.halves import causal_by_halves
+from foveate.composite.hyperattention import HyperAttention
+
+__all__ = ["HyperAttention", "causal_by_halves"]

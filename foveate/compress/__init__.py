@@ -2,4 +2,31 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.compress.cca import CCAAttention, CCACache, cca_attention, pool_core
+from foveate.compress.combiner import combiner_attention
+from foveate.compress.hierarchical import Hierarchy, hierarchical_attention, sibling_positions
+from foveate.compress.landmark import (
+    LandmarkBlocks,
+    LandmarkCache,
+    insert_landmarks,
+    landmark_attention,
+    landmark_grouped_softmax,
+)
+from foveate.compress.regions import region_summaries
+
+__all__ = [
+    "CCAAttention",
+    "CCACache",
+    "Hierarchy",
+    "LandmarkBlocks",
+    "LandmarkCache",
+    "cca_attention",
+    "combiner_attention",
+    "hierarchical_attention",
+    "insert_landmarks",
+    "landmark_attention",
+    "landmark_grouped_softmax",
+    "pool_core",
+    "region_summaries",
+    "sibling_positions",
+]

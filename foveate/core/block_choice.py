@@ -66,6 +66,7 @@ def choice_attention(
     choice: Tensor,
     block: Tensor,
     *,
+    gates: Tensor | None = None,
     scale: float | None = None,
     engine: str = "auto",
 ) -> Tensor:
@@ -73,17 +74,19 @@ def choice_attention(
 
         out_i = sum_c w_ic o_ic,  w_ic = exp(lse_ic) / sum_c' exp(lse_ic'),  c over the blocks that query i chose,
 
-    with o_ic and lse_ic the attention of query i over the keys of block c alone: one softmax over all of them.
+    with o_ic and lse_ic the attention of query i over the keys of block c alone: one softmax over all of them. With
+    `gates`, g_ic stands in the place of lse_ic: a softmax over blocks, and one inside each.
 
     Args:
         q: (B, H, N, D); k: (B, Hkv, M, D); v: (B, Hkv, M, Dv), as in `attention`.
         choice: bool (B, H, N, C); block: int64 (M,), numbers below C.
+        gates: (B, H, N, C), logits of the blocks, finite where chosen; None for one softmax over all chosen keys.
         scale, engine: as in `attention`.
 
     Returns:
-        (B, H, N, Dv) in q's dtype; 0 for a query that chose nothing. First derivatives of q, k and v; the choice has
-        none. Partial results of about `ROWS` gathered queries (at least one head's) are held at once, and kept for
-        the backward.
+        (B, H, N, Dv) in q's dtype; 0 for a query that chose nothing. First derivatives of q, k, v and the gates; the
+        choice has none. Partial results of about `ROWS` gathered queries (at least one head's) are held at once, and
+        kept for the backward.
 
     >>> q, k, v = (torch.randn(1, 2, 6, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
     >>> choice = torch.rand(1, 2, 6, 3, generator=torch.Generator().manual_seed(3)) < 0.6
@@ -106,6 +109,10 @@ def choice_attention(
             f"a choice of shape {tuple(choice.shape)} over {len(block)} keys needs q ({batch}, {heads}, {n}, D) and "
             f"k, v ({batch}, Hkv, {len(block)}, D), {heads} a multiple of Hkv; got {', '.join(map(str, shapes))}"
         )
+    if gates is not None and tuple(gates.shape) != tuple(choice.shape):
+        raise ValueError(
+            f"gates must have the shape {tuple(choice.shape)} of choice, got {tuple(gates.shape)}"
+        )
     order = torch.argsort(block, stable=True)
     if not torch.equal(order, torch.arange(m, device=order.device)):
         k, v = k.index_select(2, order.to(k.device)), v.index_select(2, order.to(v.device))
@@ -122,7 +129,8 @@ def choice_attention(
         own = np.arange(first, last) // groups * m - low  # where each item's keys start among those passed on
         keys, values = (t.flatten(0, 2)[low:high] for t in (k, v))
         mine = queries[first * n : last * n]
-        parts.append(_gathered(mine, keys, values, items[first:last], own, sizes, scale, engine))
+        given = None if gates is None else gates.flatten(0, 1)[first:last]
+        parts.append(_gathered(mine, keys, values, items[first:last], own, sizes, given, scale, engine))
         first = last
     return torch.cat(parts).view(batch, heads, n, -1)
 
@@ -134,6 +142,7 @@ def _gathered(
     choice: Tensor,
     own: np.ndarray,
     sizes: np.ndarray,
+    gates: Tensor | None,
     scale: Any,
     engine: str,
 ) -> Tensor:
@@ -155,7 +164,7 @@ def _gathered(
         return_lse=True, engine=engine,
     )  # fmt: skip
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = lse[0, 0, place]  # (pairs,)
+    lse = lse[0, 0, place] if gates is None else gates[item, i, c].to(wide)  # (pairs,)
     top = torch.full((items * n,), -torch.inf, dtype=lse.dtype, device=q.device)
     top = top.scatter_reduce(0, target, lse.detach(), "amax")
     weight = (lse - top[target]).exp()

@@ -11,6 +11,7 @@ from foveate.hf.apply import Handle, apply
 from foveate.hf.cache import Cache, Held, LayerHeld
 from foveate.hf.head_gates import HeadGates, train_head_gates
 from foveate.hf.report import Check, CheckError, LayerReport, Report
+from foveate.hf.seer_attention import distill_gates, make_gates, rotary_of
 
 __all__ = [
     "Cache",
@@ -23,5 +24,8 @@ __all__ = [
     "LayerReport",
     "Report",
     "apply",
+    "distill_gates",
+    "make_gates",
+    "rotary_of",
     "train_head_gates",
 ]

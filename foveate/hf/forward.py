@@ -157,7 +157,8 @@ def forward(
     elif isinstance(policy, Pattern):
         plan = pattern_plan(rule, policy, heads)
     else:
-        plan = selector_plan(rule, policy, heads, query, key, scaling)
+        assert site is not None
+        plan = selector_plan(rule, policy.at_layer(site.layer), heads, query, key, scaling)
 
     def run(plan: Plan) -> Tensor:
         out = attention(

@@ -2,4 +2,41 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
+from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
+from foveate.layers.seer_attention import (
+    BlockGate,
+    SeerAttention,
+    gate_layout,
+    gate_loss,
+    load_gates,
+    pooled_attention_target,
+    save_gates,
+)
+
+__all__ = [
+    "BlockGate",
+    "BoundaryPredictor",
+    "ClusterLayout",
+    "DMACache",
+    "DynamicMaskAttention",
+    "HierarchicalSelfAttention",
+    "KeptKeys",
+    "RoutingAttention",
+    "RoutingSelector",
+    "SeerAttention",
+    "boundary_loss",
+    "boundary_targets",
+    "dma_attention",
+    "dma_bias",
+    "gate_layout",
+    "gate_loss",
+    "load_gates",
+    "pooled_attention_target",
+    "routing_attention",
+    "save_gates",
+    "topw_prefix_selector",
+]

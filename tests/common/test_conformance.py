@@ -7,6 +7,7 @@ import broken_sets as sets
 import pytest
 import torch
 
+import foveate as fv
 from foveate.catalogue import vocabulary as words
 from foveate.catalogue.conformance import FUNCTIONS, SLOW, Step, checks_for, checks_of_object
 from foveate.catalogue.conformance.subject import make, value
@@ -288,3 +289,26 @@ def test_arguments_from_toml():
 def test_unknown_words_are_refused(use, tags):
     with pytest.raises(ValueError, match=r"accepted|one of"):
         checks_of_object(sets.Band, use, tags)
+
+
+def together(q, k, v):
+    """Query heads that share a key head attend as their mean does."""
+    mean = (
+        q.unflatten(1, (k.shape[1], -1))
+        .mean(2, keepdim=True)
+        .expand(-1, -1, q.shape[1] // k.shape[1], -1, -1)
+    )
+    return fv.attention(mean.flatten(1, 2), k, v)
+
+
+def test_heads_that_decide_together_are_asked_with_equal_heads():
+    """Under the tag shared-heads; another order of the heads is still caught."""
+
+    def ask(operator, *tags):
+        next(s for s in steps(bound(operator), "operator", tags) if s.name == "grouped_heads")()
+
+    ask(together, "shared-heads")
+    with pytest.raises(AssertionError, match="grouped heads: differs"):
+        ask(together)
+    with pytest.raises(AssertionError, match="grouped heads: differs"):
+        ask(ops.interleaved, "shared-heads")

@@ -127,6 +127,8 @@ def strides(s: Subject) -> None:
 def grouped_heads(s: Subject) -> None:
     op = _operator(s)
     q, k, v = s.qkv(s.check.tokens, heads=4, kv_heads=2, dtype=torch.float64)
+    if "shared-heads" in s.tags:  # they decide together, so alone they decide alike only if they are equal
+        q = q[:, ::2].repeat_interleave(2, 1)
     out, refusal = refused(lambda: _run(op, q, k, v))
     if out is None:
         clear = any(word in refusal.lower() for word in ("head", "group", "shape"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.catalogue.lab.lab import Lab
 from foveate.catalogue.lab.tasks import generator, passkey, reminders
-from foveate.catalogue.lab.tiny import TinyLM, accuracy, train
+from foveate.catalogue.lab.tiny import Attend, TinyLM, accuracy, train
 from foveate.core.attention import attention
 from foveate.core.patterns import Pattern
 
@@ -30,6 +30,7 @@ class Carrying:
         edges: bounds of the distances that are tested; an answer is known by `edges[i]` <= distance < `edges[i + 1]`.
         steps: of training.
         budget: tokens of a training step.
+        positions: of `TinyLM`; "none" where the arms rotate queries and keys by themselves.
     """
 
     tokens: int
@@ -41,29 +42,33 @@ class Carrying:
     vocab: int = 16
     dim: int = 64
     budget: int = 1024
+    positions: str = "rotary"
 
     @property
     def middles(self) -> list[float]:
         """The middle of each range of distances."""
         return [(a + b - 1) / 2 for a, b in itertools.pairwise(self.edges)]
 
-    def found(self, lab: Lab, name: str, pattern: Pattern, seed: int) -> list[float]:
-        """Share of 128 pass keys found in each range of distances, after training; the same ones for every arm."""
+    def found(self, lab: Lab, name: str, arm: Pattern | Attend, seed: int) -> list[float]:
+        """Share of 128 pass keys found in each range of distances, after training; the same ones for every arm.
+
+        arm: a set of pairs, or a function of q, k and v.
+        """
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return cast(Tensor, attention(q, k, v, pattern))
+            return cast(Tensor, attention(q, k, v, arm)) if isinstance(arm, Pattern) else arm(q, k, v)
 
         def learn() -> list[float]:
             torch.manual_seed(seed)
-            model = TinyLM(self.vocab, self.dim, self.heads, self.layers, attend)
+            model = TinyLM(self.vocab, self.dim, self.heads, self.layers, attend, positions=self.positions)
             steps = lab.pick(self.steps, 5)
-            train(lab, model, lambda step: self._rows(step / steps, generator(seed, step)), steps=steps, lr=self.lr,
+            train(lab, model, lambda step: self.rows(step / steps, generator(seed, step)), steps=steps, lr=self.lr,
                   what=f"{name}, seed {seed}")  # fmt: skip
             return [self._test(lab, model, *ends) for ends in itertools.pairwise(self.edges)]
 
         return lab.once(f"{name}-{seed}".replace(" ", "_"), learn)
 
-    def _rows(self, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    def rows(self, share: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
         """The rows of a step, after a share of the training."""
         length = min(self.tokens, 16 * math.ceil(share * 2 * self.tokens / 16 + 1e-9))
         return reminders(max(1, self.budget // length), length, self.vocab, g)
