@@ -125,6 +125,25 @@ def test_the_three_separators():
     assert TaskKV(mode="fraction", head_fraction=0.75).split(d).tolist() == [[False, True, True, True]]
 
 
+def test_a_kv_head_is_as_far_as_its_farthest_query_head():
+    """One query head of the first group stands far out and its partner at the centre; both of the other group half
+    as far: the maximum chooses the first group, the mean the second."""
+    eye = torch.eye(4).reshape(4, 1, 4)  # each head adds along an axis of its own
+    out = torch.zeros(1, 4, 3, 1)
+    out[:, 0], out[:, 1], out[:, 2], out[:, 3] = 10.0, 0.0, 8.0, 8.0
+    d = semantic_distances(out, eye)[0]
+    assert d[0] == d.max()
+    assert d[:2].mean() < d[2:].mean()
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 31, 5, generator=g), torch.randn(1, 2, 31, 5, generator=g)
+    policy = TaskKV(obs_window=5, n_sink=2, n_recent=4, n_mid=3, mode="fraction", head_fraction=0.5)
+    cache = LayerCache(policy, Budget(1.0), 1, 0)
+    whole = out[:, :, :1].expand(1, 4, 31, 1)
+    real = torch.ones(1, 31, dtype=torch.bool)
+    cache.prefill(q, k, k[..., :1], whole, real, Geometry(0.7, out_weight=eye))
+    assert cache.store.count.tolist() == [31, 9]
+
+
 def test_padding_is_not_observed():
     """A prompt shorter than the window: only its own positions enter the mean."""
     out = torch.randn(1, 4, 5, 3)
