@@ -173,7 +173,7 @@ def hip(n: int) -> Way:
 
 def dhsa(n: int) -> Way:
     chooser = _of("foveate.selectors:DHSA")(
-        budget=1024, local=128, sink=64, chunk=16, per_head="kv", instruction=0
+        budget=1024, local=128, sink=64, chunk=2, per_head="kv", instruction=0
     )
     call = _of("foveate.selectors:dhsa_attention")
     return in_one_call(

@@ -5,8 +5,8 @@
 
 Queries and keys are those of all layers of the dense model. Attention recall is the share of the dense softmax on the
 kept pairs, in rows drawn by seed, mean over layers and heads. Window + sinks and random blocks have the density asked
-for; every selector has a setting that keeps at most as many pairs: the largest one on the first text, on each other
-text that one or the next smaller one that does.
+for; every selector keeps at most as many: on the first text its knob is bisected on one layer, and from there, or from
+where it stood on the text before, it is turned down until all layers together keep few enough.
 
 The first third of the texts names the best selector (the oracle, which computes the whole map, does not take part); the
 others compare it with the controls. Differences are paired by text, with Student's 95 % interval.
@@ -61,28 +61,27 @@ def density_of(layouts: list[BlockLayout]) -> float:
 def at_most(
     built: mechs.Built, density: float, taken: list[Sample], start: float | None = None
 ) -> tuple[mechs.Built, list[BlockLayout], float] | None:
-    """A selector's largest setting that keeps at most the density, its layouts, and the setting of its knob.
+    """A setting of a selector that keeps at most the density, its layouts, and where its knob stands.
 
-    With ``start``, what another text had: that setting, or the first of some smaller ones that keeps few enough. None
-    where none does.
+    The knob is turned down from ``start``, or from a little above what a bisection on the first layer gives. Where the
+    knob is a number of blocks, it is the largest. None where none is found.
     """
-
-    def tried(setting: float) -> tuple[mechs.Built, list[BlockLayout], float] | None:
-        made = built.tune.make(setting)
-        layouts = layouts_of(made.policy, taken)
-        return (made, layouts, setting) if density_of(layouts) <= density * SLACK else None
-
     if built.tune is not None:
-        low, high = built.tune.low, built.tune.high
-        if start is not None:
-            settings = (max(low, start - i * (high - low) / 64) for i in range(8))
-            return next((found for found in map(tried, settings) if found), None)
-        best = None
-        for _ in range(built.tune.steps):
-            middle = (low + high) / 2
-            found = tried(middle)
-            best, low, high = (found, middle, high) if found else (best, low, middle)
-        return best
+        tune = built.tune
+        step = (tune.high - tune.low) / 64
+        if start is None:
+            low, high = tune.low, tune.high
+            for _ in range(tune.steps):
+                middle = (low + high) / 2
+                few = density_of(layouts_of(tune.make(middle).policy, taken[:1])) <= density
+                low, high = (middle, high) if few else (low, middle)
+            start = low + 2 * step
+        for setting in (start - i * step for i in range(12)):
+            made = tune.make(min(max(setting, tune.low), tune.high))
+            layouts = layouts_of(made.policy, taken)
+            if density_of(layouts) <= density * SLACK:
+                return made, layouts, setting
+        return None
     for keep in range(built.policy.keep, 0, -1):  # as many blocks whatever the content and the score
         cheap = replace(built.policy, keep=keep, score="mean")
         if density_of(layouts_of(cheap, taken[:1])) <= density * SLACK:

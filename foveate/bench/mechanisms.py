@@ -244,6 +244,16 @@ def _anchor(theta: float) -> tuple[Selector, dict[str, Any]]:
     return AnchorAttention(block=NEAR // 4, step=4, theta=theta, init=SINKS), {"theta": theta}
 
 
+def _dhsa(log_budget: float) -> tuple[Selector, dict[str, Any]]:
+    from foveate.core.selectors.dhsa import DHSA
+
+    budget = max(NEAR + SINKS, round(2**log_budget))
+    return DHSA(NEAR, budget, NEAR, SINKS, chunk=4, per_head=True, instruction=0), {
+        "budget": budget,
+        "chunk": 4,
+    }
+
+
 def _hip(log_blocks: float) -> tuple[Selector, dict[str, Any]]:
     from foveate.core.selectors.hip import HiP
 
@@ -338,6 +348,12 @@ MECHANISMS = (
         "Looks at the content: single columns whose logits come close to the largest one among the first and the "
         "nearest keys.",
         "AnchorAttention: Difference-Aware Sparse Attention with Stripe Granularity, 2025",
+        usual=False,
+    ),
+    Mechanism(
+        "dhsa", "DHSA", tuned(_dhsa, 6.0, 17.0, steps=9), "#9932cc",
+        "Looks at the content: each block of queries takes the keys of the short chunks that fit its mean query best.",
+        "Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs, 2025",
         usual=False,
     ),
     Mechanism(

@@ -88,7 +88,7 @@ def test_top_blocks_have_the_density_asked_whatever_the_content(name, length, re
     assert abs(mechs.density_of(other.layout(q, k)) - 0.25) >= abs(got - 0.25)
 
 
-@pytest.mark.parametrize("name", ["anchor", "hip", "flexprefill"])
+@pytest.mark.parametrize("name", ["anchor", "dhsa", "hip", "flexprefill"])
 def test_the_knob_of_a_selector_reaches_the_density(name):
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 8, 1024, 16, generator=g) * 2, torch.randn(1, 4, 1024, 16, generator=g)

@@ -37,10 +37,11 @@ def test_a_selector_keeps_at_most_the_density_and_no_setting_keeps_more(name):
     assert rr.density_of(layouts) <= 0.3 * rr.SLACK
     assert layouts == rr.layouts_of(built.policy, taken())
     if name == "flexprefill":
-        again = rr.at_most(mechs.policy(name, 1024, 0.3, SHAPE), 0.3, taken(), setting + 0.5)
-        assert again is not None
-        assert rr.density_of(again[1]) <= 0.3 * rr.SLACK
-        assert again[2] <= setting + 0.5
+        policy = mechs.policy(name, 1024, 0.3, SHAPE)
+        step = (policy.tune.high - policy.tune.low) / 64
+        again = rr.at_most(policy, 0.3, taken(), setting + 3 * step)
+        assert again[2] == pytest.approx(setting)  # turned down to where it fits, and no further
+        assert rr.density_of(rr.layouts_of(policy.tune.make(setting + step).policy, taken())) > 0.3 * rr.SLACK
         assert rr.at_most(mechs.policy(name, 1024, 0.3, SHAPE), 0.3, taken(), setting)[2] == setting
     else:
         more = TopBlocks(64, built.parameters["keep"] + 1, built.policy.score)
