@@ -99,8 +99,7 @@ class Decoder:
 
         if policy == DENSE:
             return fv.hf.Cache(self.model, "streaming", 1.0)
-        shared = {"per": per} if per != "head" else {}
-        return fv.hf.Cache(self.model, policy, budget, **shared)
+        return fv.hf.Cache(self.model, policy, budget, per=per)
 
     @torch.no_grad()
     def read_on(self, ids: torch.Tensor, start: int, cache: Any) -> tuple[torch.Tensor, list[float]]:

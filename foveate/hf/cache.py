@@ -340,7 +340,7 @@ def _layers(model: PreTrainedModel, config: Any) -> int:
         raise ValueError(
             f"{name} shares keys and values between layers, which foveate.hf.Cache does not support"
         )
-    if not type(model)._supports_default_dynamic_cache():
+    if not type(model)._supports_default_dynamic_cache():  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(f"{name} brings a cache of its own and takes no other")
     return int(config.num_hidden_layers)
 

@@ -154,7 +154,7 @@ def recycled_mask(q: Tensor, k: Tensor, keep: int, stride: int, *, scale: float 
         rows = q[:, :, full].reshape(batch, k.shape[1], group, dim).float() @ k[
             :, :, : full + 1
         ].float().transpose(2, 3)
-        best = (rows * scale).reshape(batch, heads, full + 1).topk(min(keep, full + 1), 2).indices
+        best = (rows * scale).reshape(batch, heads, full + 1).topk(min(keep, full + 1), 2).indices  # pyright: ignore[reportOperatorIssue]
         kept = torch.zeros(batch, heads, full + 1, dtype=torch.bool, device=q.device).scatter_(2, best, True)
         mask[:, :, full + 1 : end, : full + 1] = kept[:, :, None]
     return mask

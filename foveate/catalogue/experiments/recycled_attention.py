@@ -111,7 +111,7 @@ def run(lab: Lab) -> Finding:
             [
                 series("recycled: a full step every 2 to 50", *zip(*sorted(
                     (keys[f"recycled, {s}"].value, mean[f"recycled, {s}"].value) for s in STRIDES
-                ), strict=True)),
+                ), strict=True)),  # pyright: ignore[reportArgumentType]
                 *(series(name, [keys[name].value], [mean[name].value]) for name in names[:3]),
             ],
         ),
