@@ -63,9 +63,8 @@ class Job:
     heads: frozenset[int] | None
     phase: str
     engine: str
-    mix: Callable[[int, Tensor, Tensor], Tensor] | None = (
-        None  # (layer, unrestricted output, restricted) -> output
-    )
+    mix: Callable[[int, Tensor, Tensor], Tensor] | None = None
+    """(layer number, unrestricted output, restricted output) -> output, where gates decide between them."""
     suspended: bool = False  # check() runs the same path with the dense policy and without counting
 
     def head_set(self, total: int) -> HeadSet | None:
