@@ -443,11 +443,18 @@ def draw(rows: list[dict[str, Any]], where: dict[str, Any], path: Path) -> None:
     left.legend(frameon=False, fontsize=8)
     lengths = sorted({r["n"] for r in rows})
     at = TARGET_AT if TARGET_AT in lengths else lengths[-1]
-    for r in (r for r in rows if r["n"] == at and r["recall"] is not None):
+    shown = sorted((r for r in rows if r["n"] == at and r["recall"] is not None), key=lambda r: r["speedup"])
+    for place, r in enumerate(shown):
         right.scatter(r["speedup"], r["recall"], color=colours[r["mechanism"]], zorder=3)
-        right.annotate(
-            r["mechanism"], (r["speedup"], r["recall"]), xytext=(6, 3), textcoords="offset points", fontsize=8
+        right.annotate(  # neighbours' names at four heights, so that they do not meet
+            r["mechanism"],
+            (r["speedup"], r["recall"]),
+            xytext=(0, (-14, 16, -26, 7)[place % 4]),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
         )
+    right.margins(x=0.12, y=0.1)
     right.axhline(TARGET_RECALL, color="#c44e52", lw=0.8)
     right.axvline(TARGET_SPEED, color="#c44e52", lw=0.8)
     right.set_xscale("log")
