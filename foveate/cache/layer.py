@@ -94,7 +94,9 @@ class LayerCache:
             self._begin(shape)
         elif self.pool is not None:
             sink, recent = self.budget.protect(positions, valid, self.first, self.last)
-            self.pool.join(self, self.policy.score(view), sink | recent, valid, (k, v, positions, sink, mass))
+            self.pool.join(
+                self, self.policy.score(view), sink | recent, valid, (k, v, positions, sink, recent, mass)
+            )
         else:
             keep, pinned = self._choose(view)
             self._store(k, v, positions, keep, pinned, mass)
@@ -400,7 +402,7 @@ class Pool:
         self.waiting: dict[int, tuple] = {}
 
     def join(self, layer: LayerCache, scores: Tensor, sure: Tensor, valid: Tensor, raw: tuple) -> None:
-        """Layer ``layer`` has finished its prefill; ``raw``: (k, v, positions, pinned, mass) to be stored."""
+        """Layer ``layer`` has finished its prefill; ``raw``: (k, v, positions, sinks, recent, mass)."""
         self.waiting[layer.layer] = (layer, scores, sure, valid, raw)
         if len(self.waiting) == self.layers:
             self.decide()
@@ -416,8 +418,9 @@ class Pool:
         each = budget.tokens(seen)
         keep = share(scores, sure, valid, each * scores.shape[1], (each * budget.floor).to(each.dtype))
         done = 0
-        for layer, own, _, _, (k, v, positions, pinned, mass) in waiting:
+        for layer, own, _, _, (k, v, positions, sink, recent, mass) in waiting:
             mine = keep[:, done : done + own.shape[1]]
             done += own.shape[1]
             layer.part = mine.sum((1, 2)) / (each * own.shape[1])
+            pinned = mine & ~recent if layer.evict == "append" else sink
             layer._store(k, v, positions, mine, pinned, mass)

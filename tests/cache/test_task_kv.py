@@ -76,6 +76,37 @@ def test_recent_tokens_slide_sinks_and_middle_stay():
                     assert now == [*then[:5], *range(end - 3, end + 1)]
 
 
+def test_every_head_whole_is_the_full_cache():
+    """head_fraction = 1: after any number of steps the output is that of attention to everything."""
+    policy = TaskKV(obs_window=5, n_sink=2, n_recent=4, n_mid=3, mode="fraction", head_fraction=1.0)
+    cache, q, k, v, _ = prefilled(policy, pads=(0, 0))
+    keys, values = k, v
+    for step in range(9):
+        one = (slice(None), slice(None), slice(step, step + 1))
+        keys, values = torch.cat([keys, k[one]], 2), torch.cat([values, v[one]], 2)
+        out = cache.extend(
+            q[one], k[one], v[one], torch.ones(2, 1, dtype=torch.bool), Geometry(0.7), lambda *_: None
+        )
+        rows = q[one] @ keys.repeat_interleave(2, 1).transpose(2, 3) * 0.7
+        wanted = torch.softmax(rows, -1) @ values.repeat_interleave(2, 1)
+        torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_plan_follows_the_question():
+    """The same prompt with other outputs of its last tokens gives another split; earlier outputs do not matter."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 31, 5, generator=g) for heads in (4, 2, 2))
+    plans = []
+    for loud, where in ((0, slice(26, 31)), (3, slice(26, 31)), (3, slice(0, 20))):
+        out = torch.zeros(1, 4, 31, 3)
+        out[:, 0, 26:] = 1.0
+        out[:, loud, where] = 10.0
+        cache = LayerCache(POLICY, Budget(1.0), 1, 0)
+        cache.prefill(q, k, v, out, torch.ones(1, 31, dtype=torch.bool), Geometry(0.7, out_weight=W_O))
+        plans.append([n == 31 for n in cache.store.count.tolist()])
+    assert plans == [[True, False], [False, True], [True, False]]
+
+
 def test_middle_sets_are_one_set_for_all_cut_heads():
     policy = TaskKV(obs_window=5, n_sink=2, n_recent=4, n_mid=3, mode="fraction", head_fraction=0.0)
     cache, *_ = prefilled(policy)

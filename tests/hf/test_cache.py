@@ -226,6 +226,25 @@ def test_memory_falls_as_the_budget_says(per):
     assert sizes[0.25] < 0.56 * sizes[0.5]
 
 
+@pytest.mark.parametrize("per", ["head", "layer", "model"])
+def test_append_only_keeps_what_it_decided_whoever_shares_the_budget(per):
+    """What the prompt's cut kept outside the recent tokens is there after 70 more tokens."""
+    model = made("llama")
+    ids, mask = prompts(n=60)
+    cache = fv.hf.Cache(model, SnapKV(8, 3), 0.4, recent=6, evict="append", per=per)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+        before = positions(cache, 2)
+        for step in range(70):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
+            model(torch.full((3, 1), 2 + step % 50), attention_mask=mask, past_key_values=cache)
+    after = positions(cache, 2)
+    for layer, row, head in itertools.product(range(2), range(3), range(2)):
+        decided = {int(p) for p in before[layer][row][head] if p < 60 - 6}
+        assert decided <= set(after[layer][row][head].tolist())
+    assert max(len(t) for layer in after for row in layer for t in row) < 120  # and others went
+
+
 def test_grouped_heads_are_never_expanded():
     model = made("llama")  # four query heads on two
     cache = fv.hf.Cache(model, "snapkv", 12)
