@@ -37,6 +37,8 @@ _MODULES = {
     "cache": "foveate.cache",
     "composite": "foveate.composite",
     "compress": "foveate.compress",
+    "linear": "foveate.linear",
+    "dist": "foveate.dist",
     "layers": "foveate.layers",
     "hf": "foveate.hf",
     "organisms": "foveate.organisms",
@@ -62,9 +64,11 @@ __all__ = [
     "cache",
     "composite",
     "compress",
+    "dist",
     "explain",
     "hf",
     "layers",
+    "linear",
     "merge",
     "organisms",
     "patterns",
@@ -73,7 +77,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from foveate import cache, composite, compress, hf, layers, organisms, patterns, selectors
+    from foveate import cache, composite, compress, dist, hf, layers, linear, organisms, patterns, selectors
     from foveate.core import statistics
     from foveate.core.attention import attention, explain
     from foveate.core.layout import BlockLayout

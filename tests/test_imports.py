@@ -16,10 +16,12 @@ LEVELS = {
     "cache": 1,
     "composite": 1,
     "compress": 1,
+    "linear": 1,
     "layers": 2,
     "hf": 3,
     "organisms": 3,
     "bench": 4,
+    "dist": 4,
     "catalogue": 5,
     "cli": 6,
 }  # a room imports from lower levels and itself

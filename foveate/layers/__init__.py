@@ -5,6 +5,8 @@ from __future__ import annotations
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 from foveate.layers.seer_attention import (
@@ -16,6 +18,7 @@ from foveate.layers.seer_attention import (
     pooled_attention_target,
     save_gates,
 )
+from foveate.layers.self_attention import KeyValueState, SelfAttention
 
 __all__ = [
     "BlockGate",
@@ -23,11 +26,16 @@ __all__ = [
     "ClusterLayout",
     "DMACache",
     "DynamicMaskAttention",
+    "GatedMLP",
     "HierarchicalSelfAttention",
     "KeptKeys",
+    "KeyValueState",
+    "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
+    "SelfAttention",
+    "TransformerLM",
     "boundary_loss",
     "boundary_targets",
     "dma_attention",

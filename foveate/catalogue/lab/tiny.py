@@ -107,7 +107,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
         ids, targets = (t.to(lab.device) for t in batch(step))
-        loss = F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        loss = F.cross_entropy(model(ids).flatten(0, -2), targets.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
