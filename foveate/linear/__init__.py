@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.linear.local_linear import global_ridge, local_linear_attention
+
+__all__ = [
+    "global_ridge",
+    "local_linear_attention",
+]
