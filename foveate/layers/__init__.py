@@ -6,6 +6,7 @@ from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_t
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.local_linear import LocalLinearAttention
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
@@ -30,6 +31,7 @@ __all__ = [
     "HierarchicalSelfAttention",
     "KeptKeys",
     "KeyValueState",
+    "LocalLinearAttention",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
