@@ -84,7 +84,9 @@ class _Plan:
 class _Block:
     """A block of queries (B, Hkv, G, rows, D) with all keys (B, Hkv, 1, M, D): its weights, sums and systems."""
 
-    def __init__(self, q: Tensor, k: Tensor, reg: Tensor, plan: _Plan, rows: slice, lse: Tensor | None) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, reg: Tensor, plan: _Plan, rows: slice, lse: Tensor | None
+    ) -> None:
         self.q, self.k, self.reg, self.plan = q[..., rows, :], k, reg, plan
         self.tiles = plan.tiles(rows, q.device)
         self.kept: list[tuple[slice, Tensor]] | None = None
@@ -149,7 +151,9 @@ class _Block:
         c = c + self.reg.unsqueeze(-1) * torch.eye(d, dtype=c.dtype, device=c.device)
         factor, info = torch.linalg.cholesky_ex(c)
         if bool(info.any()):
-            raise ValueError("local_linear_attention: reg is too small for these keys; accepted: a larger one")
+            raise ValueError(
+                "local_linear_attention: reg is too small for these keys; accepted: a larger one"
+            )
         return torch.cholesky_solve(b.unsqueeze(-1), factor).squeeze(-1)
 
     def _cg(self, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +189,12 @@ class _LocalLinear(torch.autograd.Function):
             total = v.new_zeros(*xs.shape[:-1], v.shape[-1])
             for cols, w in block.weights():
                 total = total + (w * (offset - xs @ k[..., cols, :].transpose(-1, -2))) @ v[..., cols, :]
-            out[..., rows, :], lse[..., rows], x[..., rows, :], rest[..., rows, :] = total, block.lse, xs, left
+            out[..., rows, :], lse[..., rows], x[..., rows, :], rest[..., rows, :] = (
+                total,
+                block.lse,
+                xs,
+                left,
+            )
         ctx.save_for_backward(q, k, v, reg, out, lse, x, rest)
         ctx.plan = plan
         ctx.mark_non_differentiable(lse)
@@ -196,7 +205,12 @@ class _LocalLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, reg, out, lse, x, rest = ctx.saved_tensors
         plan, grad = ctx.plan, grads[0]
-        dq, dk, dv, dreg = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(reg)
+        dq, dk, dv, dreg = (
+            torch.zeros_like(q),
+            torch.zeros_like(k),
+            torch.zeros_like(v),
+            torch.zeros_like(reg),
+        )
         for rows in plan.rows():
             block = _Block(q, k, reg, plan, rows, lse)
             g, xs, mean = grad[..., rows, :], x[..., rows, :], block.mean

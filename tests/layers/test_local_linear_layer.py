@@ -16,13 +16,16 @@ def test_is_the_operator_between_its_maps(rotary):
     layer = LocalLinearAttention(16, 4, 2, reg=0.3, rotary=rotary, causal=not rotary).double()
     x = torch.randn(2, 11, 16, dtype=torch.float64)
     q, k, v = (
-        (x @ p.weight.T).view(2, 11, -1, 4).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        (x @ p.weight.T).view(2, 11, -1, 4).transpose(1, 2)
+        for p in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     q, k = (t / (t.square().mean(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
     if rotary:
         q, k = (layer.rotary(t, torch.arange(11)) for t in (q, k))
     want = local_linear_attention(q, k, v, reg=0.3, causal=not rotary)
-    torch.testing.assert_close(layer(x), want.transpose(1, 2).flatten(2) @ layer.o_proj.weight.T, rtol=0, atol=2e-7)
+    torch.testing.assert_close(
+        layer(x), want.transpose(1, 2).flatten(2) @ layer.o_proj.weight.T, rtol=0, atol=2e-7
+    )
     assert torch.allclose(F.softplus(layer.raw_reg), torch.tensor(0.3).double())
 
 

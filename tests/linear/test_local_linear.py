@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate as fv
 from foveate.linear import global_ridge, local_linear_attention
@@ -68,7 +69,9 @@ def test_is_the_intercept_of_a_weighted_ridge(n, m, kind, solver):
 def test_weights_sum_to_one_and_may_be_negative(solver):
     q, k, _ = inputs(31, 31)
     eye = torch.eye(31, dtype=F64).expand(2, 2, 31, 31)
-    s = local_linear_attention(3 * q, k, eye, solver=solver, cg_iters=3, tol=0.0)  # even far from the solution
+    s = local_linear_attention(
+        3 * q, k, eye, solver=solver, cg_iters=3, tol=0.0
+    )  # even far from the solution
     torch.testing.assert_close(s.sum(-1), torch.ones_like(s[..., 0]), atol=1e-10, rtol=0)
     assert (s < -0.01).any()
 
@@ -153,6 +156,35 @@ def test_rows_that_see_nothing_give_nothing(solver):
     assert all(bool(t.grad.isfinite().all()) for t in (q, k, v))
 
 
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor):
+                self.most = max(self.most, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+@pytest.mark.parametrize("solver", ["dense", "cg"])
+def test_nothing_is_quadratic_forward_or_backward(solver):
+    leaves = [t.requires_grad_() for t in inputs(701, heads=1, kv_heads=1, batch=1, d=4)]
+    with Largest() as seen:
+        out = local_linear_attention(*leaves, causal=True, solver=solver, cg_iters=2, block_q=64, block_k=64)
+        out.sum().backward()
+    assert 0 < seen.most <= 64 * 64
+
+
+def test_more_queries_than_keys():
+    q, k, v = inputs(19, 7)
+    out = local_linear_attention(q, k, v, causal=True, block_q=4, block_k=2)
+    assert not out[:, :, :12].any()
+    torch.testing.assert_close(out[:, :, 12:], local_linear_attention(q[:, :, 12:], k, v, causal=True))
+
+
 def test_lse_is_that_of_softmax_attention():
     q, k, v = inputs(37)
     _, lse = local_linear_attention(q, k, v, causal=True, return_lse=True, block_k=8)
@@ -174,7 +206,7 @@ def test_gradients_are_finite_differences(solver, options):
 
 
 def test_gradients_of_few_steps_are_centred():
-    """A coordinate that all queries and keys share only shifts logits: its gradient is 0, also far from the solution."""
+    """A coordinate that all queries and keys share only shifts logits: gradient 0, also far from the solution."""
     q, k, v = inputs(31, d=16)
     more = [torch.cat([t, torch.full_like(t[..., :1], 3.0)], -1) for t in (q, k)]
     leaf = more[0].requires_grad_()
@@ -205,7 +237,10 @@ def test_errors_name_the_argument():
         ({"block_q": 2.0}, r"block_q must be an int >= 1, got 2\.0"),
         ({"reg": 0.0}, "reg must be > 0, got 0"),
         ({"reg": torch.ones(3)}, r"reg must be a number or a tensor \(4,\), got shape \(3,\)"),
-        ({"mask": torch.ones(9, 8, dtype=torch.bool)}, r"mask must broadcast to \(2, 4, 9, 9\), got \(9, 8\)"),
+        (
+            {"mask": torch.ones(9, 8, dtype=torch.bool)},
+            r"mask must broadcast to \(2, 4, 9, 9\), got \(9, 8\)",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             local_linear_attention(q, k, v, **options)

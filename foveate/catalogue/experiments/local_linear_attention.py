@@ -90,11 +90,15 @@ def errors(lab: Lab, task: str, arm: str, regimes: int, seed: int) -> dict[str, 
     tried = []
     for time, *values in itertools.product(times, *(grid[name] for name in names)):
         at = dict(zip(names, values, strict=True))
-        q, k, v, want = memory(draws, regimes, seed) if task == "memory" else stream(draws, regimes, seed, time)
+        q, k, v, want = (
+            memory(draws, regimes, seed) if task == "memory" else stream(draws, regimes, seed, time)
+        )
         wrong = (run(q, k, v, at, task == "stream") - want).square().mean(-1)[:, 0]  # (draws, queries)
         wrong = wrong[:, KEYS // 2 :] if task == "stream" else wrong
         part = wrong.mean(1) / want.square().mean()
-        tried.append((float(part[: draws // 4].mean()), float(part[draws // 4 :].mean()), {**at, "time": time}))
+        tried.append(
+            (float(part[: draws // 4].mean()), float(part[draws // 4 :].mean()), {**at, "time": time})
+        )
     best = min(tried, key=lambda t: t[0])
     return {"error": best[1], "at": best[2]}
 
@@ -108,7 +112,8 @@ def run(lab: Lab) -> Finding:
         for arm, regimes in (*((arm, 2) for arm in ARMS), ("global ridge", 1)):
             name = f"{task}-{arm.replace(' ', '-')}-{regimes}"
             got = [
-                lab.once(f"{name}-{seed}", partial(errors, lab, task, arm, regimes, seed))["error"] for seed in seeds
+                lab.once(f"{name}-{seed}", partial(errors, lab, task, arm, regimes, seed))["error"]
+                for seed in seeds
             ]
             if regimes == 1:
                 gate.append(interval(f"{task}, one regime: global ridge", got))
@@ -157,7 +162,9 @@ def run(lab: Lab) -> Finding:
 def picture() -> dict[str, Any]:
     """Weights of keys on a line, for queries on the same line that reaches beyond them."""
     k, q = torch.linspace(-1, 1, 48).view(1, 1, 48, 1), torch.linspace(-1.5, 1.5, 48).view(1, 1, 48, 1)
-    weights = cast(Tensor, local_linear_attention(q, k, torch.eye(48).expand(1, 1, 48, 48), reg=1e-3, scale=12.0))
+    weights = cast(
+        Tensor, local_linear_attention(q, k, torch.eye(48).expand(1, 1, 48, 48), reg=1e-3, scale=12.0)
+    )
     return pictures.weights(
         "Weights of 48 keys on a line for queries from left of all keys to right of them. Within, they resemble "
         "softmax attention; where keys lie on one side only, some become negative (white), and the fit extrapolates.",
