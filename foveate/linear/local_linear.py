@@ -129,7 +129,7 @@ class _Block:
         return lse, mean
 
     def product(self, p: Tensor) -> Tensor:
-        """C p for p (..., rows, D), by one sweep and no D x D matrix."""
+        """C p for p (..., rows, D), by one sweep and no D x D matrix; c sums to 0 but for rounding."""
         out, offset = self.reg * p, (self.mean * p).sum(-1, keepdim=True)
         for cols, w in self.weights():
             k = self.k[..., cols, :]
