@@ -19,6 +19,7 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
 
 __all__ = [
     "BlockGate",
@@ -35,6 +36,7 @@ __all__ = [
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "ShortConv",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
