@@ -24,8 +24,8 @@ from foveate.bench.mqar import MQAR, learn, published_model
 
 RESULTS = Path(__file__).parent / "results"
 CSV = RESULTS / "mqar-cpu.csv"
-FIELDS = ("mixer", "length", "pairs", "dim", "lr", "seed", "examples", "epochs", "accuracy", "best", "state_bytes", "seconds",
-          "curve", "torch", "cpu")  # fmt: skip
+FIELDS = ["mixer", "length", "pairs", "dim", "lr", "seed", "examples", "epochs", "accuracy", "best", "state_bytes",
+          "seconds", "curve", "torch", "cpu"]  # fmt: skip
 WINDOWS = (8, 16, 32)
 
 
@@ -35,9 +35,12 @@ def mixers(dim: int) -> dict[str, tuple[Callable[[int], nn.Module], int, bool]]:
     def after_conv(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
         return lambda layer: make() if layer % 2 else layers.BaseConv(dim)
 
+    def dense(heads: int) -> nn.Module:
+        return layers.SelfAttention(dim, heads, rotary=False, bias=True, dropout=0.1)
+
     found: dict[str, tuple[Callable[[int], nn.Module], int, bool]] = {
-        "attention": (lambda layer: layers.SelfAttention(dim, 1, rotary=False, bias=True, dropout=0.1), -1, True),
-        "conv+attention": (after_conv(lambda: layers.SelfAttention(dim, 2, rotary=False, bias=True, dropout=0.1)), -1, False),
+        "attention": (lambda layer: dense(1), -1, True),
+        "conv+attention": (after_conv(lambda: dense(2)), -1, False),
         "gated linear": (after_conv(lambda: layers.GatedLinearAttention(dim, 2)), dim * dim // 4 * 4, False),
         "deltanet": (after_conv(lambda: layers.DeltaNet(dim, 2)), (dim * dim // 2 + 9 * dim) * 4, False),
         "linear elu+1": (after_conv(lambda: layers.KernelAttention(dim, 2)), (dim * dim // 2 + dim) * 4, False),
@@ -84,17 +87,17 @@ def main(mixer, length, pairs, dim, lr, seed, examples, epochs, keep) -> None:
         model, task, lr=lr, seed=seed, examples=examples, epochs=epochs, batch=512, keep=where, told=told
     )
     row = {
-        "mixer": mixer, "length": length, "pairs": pairs, "dim": dim, "lr": f"{lr:.3g}", "seed": seed, "examples": examples,
-        "epochs": len(curve), "accuracy": f"{curve[-1]:.4f}", "best": f"{max(curve):.4f}", "state_bytes": state,
+        "mixer": mixer, "length": length, "pairs": pairs, "dim": dim, "lr": f"{lr:.3g}", "seed": seed,
+        "examples": examples, "epochs": len(curve), "accuracy": f"{curve[-1]:.4f}", "best": f"{max(curve):.4f}", "state_bytes": state,
         "seconds": round(time.perf_counter() - started), "curve": " ".join(f"{c:.3f}" for c in curve),
         "torch": torch.__version__, "cpu": platform.processor() or platform.machine(),
     }  # fmt: skip
     add(row)
 
 
-def add(row: dict[str, object]) -> None:
+def add(row: dict) -> None:
     """One more row, written aside and then renamed."""
-    rows = list(csv.DictReader(CSV.open())) if CSV.exists() else []
+    rows: list[dict] = list(csv.DictReader(CSV.open())) if CSV.exists() else []
     new = CSV.with_suffix(".new")
     with new.open("w", newline="") as file:
         writer = csv.DictWriter(file, FIELDS)

@@ -22,7 +22,7 @@ IGNORE = -100
 class MQAR:
     """Rows of n keys with their values, then each key again, at power-law gaps; asked is its value.
 
-        K1 V1 ... Kn Vn | queries: key i at offset 2 g_i of the rest, g drawn without replacement, p(g) ~ (g + 1)^(a - 1)
+        K1 V1 ... Kn Vn | queries: key i at offset 2 g_i of the rest; g without replacement, p(g) ~ (g + 1)^(a - 1)
 
     Keys are from [1, vocab / 2), values from [vocab / 2, vocab), without repetition in a row; the target of a query is
     its value, every other position is ignored. Positions without a token hold 0, or any token if `fill` is "random".
@@ -109,8 +109,8 @@ def published_model(
 ) -> TransformerLM:
     """The model of the published figures: no MLP, layer norm, tied head, normal weights of std 0.02.
 
-    Linear maps that write to the residual (`o_proj`) start 1 / sqrt(2 depth) as large; embeddings are dropped out by 0.1
-    while training (`learn`).
+    Linear maps that write to the residual (`o_proj`) start 1 / sqrt(2 depth) as large; embeddings are dropped out by
+    0.1 while training (`learn`).
     """
     model = TransformerLM(
         task.vocab, dim, depth, mixer, mlp=0, norm="layer", positions=task.length if positions else 0
