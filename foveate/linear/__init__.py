@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
 from foveate.linear.local_linear import global_ridge, local_linear_attention
+from foveate.linear.operators import LinearAttention
+from foveate.linear.scan import LinearState, linear_attention, recurrence
 
 __all__ = [
+    "LinearAttention",
+    "LinearState",
+    "RandomFeatures",
+    "elu_plus_one",
     "global_ridge",
+    "linear_attention",
     "local_linear_attention",
+    "recurrence",
 ]
