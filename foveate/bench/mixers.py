@@ -97,7 +97,9 @@ def _window(width: int) -> Pattern:
     return Causal() & SlidingWindow(width)
 
 
-def _card(name: str, kind: tuple[str, str, str], cost: tuple[str, str, str], field: str, make: Any, **more: Any):
+def _card(
+    name: str, kind: tuple[str, str, str], cost: tuple[str, str, str], field: str, make: Any, **more: Any
+):
     return MixerCard(name, *kind, more.pop("causal", True), *cost, field, make, **more)
 
 
@@ -118,8 +120,7 @@ CARDS: dict[str, MixerCard] = {
         _card("dynamic mask", ("input-dependent", "sparse", "softmax"), ("N*K", "N", "2*K*C"), "content",
               lambda dim, heads: _strong(DynamicMaskAttention(dim, heads, keep_window=WINDOW))),
         _card("routing", ("input-dependent", "sparse", "softmax"), ("N^1.5", "N", ""), "content",
-              lambda dim, heads: _started(RoutingAttention(dim, 0, heads, n_clusters=4, causal=False), dim),
-              causal=False),
+              lambda dim, heads: RoutingAttention(dim, 0, heads, n_clusters=4, causal=False), causal=False),
         _card("core tokens", ("input-dependent", "hierarchical", "softmax"), ("N^2/W", "N", "2*(N/W + W)*C"), "causal",
               lambda dim, heads: CCAAttention(dim, heads, group=4, local=WINDOW)),
         _card("hierarchical", ("input-dependent", "hierarchical", "softmax"), ("N log N", "N", ""), "all",
@@ -150,13 +151,10 @@ def _strong(layer: DynamicMaskAttention) -> DynamicMaskAttention:
     return layer
 
 
-def _started(layer: RoutingAttention, dim: int) -> Callable[[Tensor], Tensor]:
-    return layer.eval()
+def mixer_card(mixer: str | nn.Module | Pattern, tokens: int = 64) -> MixerCard:
+    """The card of a mixer: by name, of a layer, or of a pattern, which is softmax attention over its pairs.
 
-
-def mixer_card(mixer: str | nn.Module | Pattern) -> MixerCard:
-    """The card of a mixer: by name, of a layer, or of a pattern (softmax attention over its pairs, causal ones only
-    where it sees nothing later).
+    A pattern is looked at on `tokens` tokens.
 
     Raises:
         KeyError: no such name, or a layer without a card.
@@ -165,7 +163,7 @@ def mixer_card(mixer: str | nn.Module | Pattern) -> MixerCard:
     ('C*D/2', 'sparse')
     """
     if isinstance(mixer, Pattern):
-        return _of_pattern(mixer)
+        return _of_pattern(mixer, tokens)
     if isinstance(mixer, SelfAttention):
         name = "attention" if mixer.window is None else "sliding window"
     else:
@@ -175,8 +173,8 @@ def mixer_card(mixer: str | nn.Module | Pattern) -> MixerCard:
     return CARDS[name]
 
 
-def _of_pattern(pattern: Pattern, probe: int = 64) -> MixerCard:
-    seen = pattern.layout(probe).to_dense()[0].any(0)
+def _of_pattern(pattern: Pattern, tokens: int) -> MixerCard:
+    seen = pattern.layout(tokens).to_dense()[0].any(0)
     causal = not bool(seen.triu(1).any())
     whole = torch.equal(seen, torch.ones_like(seen).tril() if causal else torch.ones_like(seen))
 
@@ -228,8 +226,8 @@ def small_instance(card: MixerCard, dim: int, heads: int, *, seed: int = 0) -> C
 def mixer_table(markdown: bool = True) -> str:
     """All cards as a table, one row each; tab-separated without `markdown`.
 
-    >>> mixer_table().splitlines()[0][:35]
-    '| name | mixing | structure | normal'
+    >>> mixer_table().splitlines()[0][:27]
+    '| name | mixing | structure'
     """
     names = [f.name for f in fields(MixerCard) if f.name not in ("make", "pattern")]
     told = [[name.replace("_", " ") for name in names]]

@@ -77,7 +77,7 @@ def streamed_attention(
         return (x.contiguous().pin_memory() if pin else x).to(device, non_blocking=pin)
 
     n, m = q.shape[2], k.shape[2]
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    scale = float(q.shape[3] ** -0.5 if scale is None else scale)
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=q.dtype)
     for i in range(0, n, block_q):
         end = min(i + block_q, n)
