@@ -29,9 +29,9 @@ PATTERNS = (
 COUNTS_IF = (
     "three seeds. All of: the measured receptive field of every mixer and pattern is that of its card, on every seed, "
     "and no card agrees with the measurement of a mixer of another field; on two processes (gloo, 8,192 tokens, 64 "
-    "wide, causal and not) rows and gradients are within 1e-5 of attention in one place, of the largest entry; each process "
-    "sends exactly 2 n d (W - 1) / W numbers forward; its peak memory grows by less than 0.1 of what all pairs in one process take, "
-    "forward and backward, 95 % interval of the ratio"
+    "wide, causal and not) rows and gradients are within 1e-5 of attention in one place, of the largest entry; each "
+    "process sends exactly 2 n d (W - 1) / W numbers forward; its peak memory grows by less than 0.1 of what all pairs "
+    "in one process take, forward and backward, 95 % interval of the ratio"
 )
 
 
