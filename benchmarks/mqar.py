@@ -27,8 +27,8 @@ from foveate.bench.results import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 CSV = RESULTS / "mqar.csv"
-FIELDS = ["mixer", "length", "pairs", "dim", "lr", "seed", "examples", "schedule", "epochs", "accuracy", "best", "state_bytes",
-          "seconds", "curve", "torch", "device"]  # fmt: skip
+FIELDS = ["mixer", "length", "pairs", "dim", "lr", "seed", "examples", "schedule", "epochs", "accuracy", "best",
+          "state_bytes", "seconds", "curve", "torch", "device"]  # fmt: skip
 WINDOWS = (8, 16, 32)
 PUBLISHED = {  # bytes of state -> recall, read off the figure in the README of Zoology's code (+-0.02)
     "sliding window": list(zip((2 * w * 128 * 4 for w in (8, 16, 32, 64, 128, 256, 512, 1024)),
@@ -123,7 +123,8 @@ def train(
     means = [sum(found) / len(found) for found in curve]
     add({
         "mixer": mixer, "length": "mix" if mix else length, "pairs": "mix" if mix else pairs, "dim": dim,
-        "lr": f"{lr:.3g}", "seed": seed, "examples": sum(count for _, count in given[0]), "schedule": epochs, "epochs": len(curve),
+        "lr": f"{lr:.3g}", "seed": seed, "examples": sum(count for _, count in given[0]),
+        "schedule": epochs, "epochs": len(curve),
         "accuracy": f"{means[-1]:.4f}", "best": f"{max(means):.4f}", "state_bytes": state,
         "seconds": round(time.perf_counter() - started), "curve": " ".join(f"{m:.3f}" for m in means),
         "torch": torch.__version__, "device": cpu_model() if device == "cpu" else torch.cuda.get_device_name(device),
