@@ -19,6 +19,7 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 
 __all__ = [
     "BlockGate",
@@ -30,11 +31,15 @@ __all__ = [
     "HierarchicalSelfAttention",
     "KeptKeys",
     "KeyValueState",
+    "NeuralMemory",
+    "NeuralMemoryState",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "TitansBlock",
+    "TitansState",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",

@@ -2,4 +2,6 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.linear.neural_memory import MemoryState, memory_read, neural_memory, surprise
+
+__all__ = ["MemoryState", "memory_read", "neural_memory", "surprise"]
