@@ -177,41 +177,48 @@ def neural_memory(
     _check(q, k, v, (eta, theta, alpha), state, chunk, clip)
     wide = state.weights[0].dtype
     parts = [t.to(wide) for t in (q, k, v, eta, theta, alpha)]
-    out, start, n = [], 0, q.shape[2]
-    while start < n:
-        into = state.position % chunk
-        end = min(n, start + chunk - into)
-        if into == 0:
-            state = MemoryState(state.weights, state.momentum, state.weights, state.position)
-        y, state = _piece(*(t[:, :, start:end] for t in parts), state, activation, clip)
-        out.append(y)
-        start = end
+    n, out = q.shape[2], []
+    start = min(n, -state.position % chunk)  # tokens of the chunk that is being read
+    whole = start + (n - start) // chunk * chunk
+    for begin, end, size in ((0, start, start), (start, whole, chunk), (whole, n, n - whole)):
+        if begin == end:
+            continue
+        q_, k_, v_, eta_, theta_, alpha_ = (t[:, :, begin:end].unflatten(2, (-1, size)) for t in parts)
+        decays = _decays(1 - alpha_, eta_)  # of all chunks at once: (B, H, chunks, size, ...)
+        for tokens in zip(*(t.unbind(2) for t in (q_, k_, v_, theta_, *decays)), strict=True):
+            if state.position % chunk == 0:
+                state = MemoryState(state.weights, state.momentum, state.weights, state.position)
+            y, state = _piece(*tokens[:4], tokens[4:], state, activation, clip)
+            out.append(y)
     return (torch.cat(out, 2) if out else parts[2]).to(q.dtype), state
+
+
+def _decays(keep: Tensor, eta: Tensor) -> tuple[Tensor, ...]:
+    """L(1 - alpha) L(eta), the last row of L(eta), A, c and cumprod(eta), from the factors (..., n) of a chunk."""
+    fade, push = _products(keep), _products(eta)  # (..., n, n)
+    once = eta.cumprod(-1)  # the share of S_0 in S_t
+    return fade @ push, push[..., -1, :], keep.cumprod(-1), (fade @ once.unsqueeze(-1)).squeeze(-1), once
 
 
 def _piece(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    eta: Tensor,
     theta: Tensor,
-    alpha: Tensor,
+    decays: Sequence[Tensor],
     state: MemoryState,
     activation: str,
     clip: float | None,
 ) -> tuple[Tensor, MemoryState]:
     """Tokens of one chunk (or a part of it)."""
     act, _ = _activation(activation)
-    keep = 1 - alpha
-    fade, push = _products(keep), _products(eta)  # L(1 - alpha), L(eta): (B, H, n, n)
-    first, once = keep.cumprod(-1), eta.cumprod(-1)  # A, and the share of S_0 in S_t: (B, H, n)
-    second = (fade @ once.unsqueeze(-1)).squeeze(-1)  # c
+    both, push, first, second, once = decays
     found = surprise(state.base, k, v, activation=activation)
     if clip is not None:
         square = sum(u.square().sum(-1) * z.square().sum(-1) for u, z in found)  # |u z^T|^2 = |u|^2 |z|^2
         theta = theta * (clip * torch.rsqrt(torch.as_tensor(square).clamp_min(clip * clip)))
-    written = (fade @ push) * theta.unsqueeze(-2)  # w_tj theta_j
-    moved = push[..., -1, :] * theta  # what is left of each step in S_n
+    written = both * theta.unsqueeze(-2)  # w_tj theta_j
+    moved = push * theta  # what is left of each step in S_n
     y, weights, momentum = q, [], []
     for number, (u, z) in enumerate(found):
         w0, s0 = state.weights[number], state.momentum[number]
