@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from foveate.core.merge import merge
 from foveate.core.patterns import Causal, Sinks, SlidingWindow
 from foveate.core.rotary import Rotary
 from foveate.layers.norms import RMSNorm
-from foveate.linear.neural_memory import MemoryState, memory_read, neural_memory
+from foveate.linear.neural_memory import MemoryState, memorise, memory_read
 
 MODES = ("mac", "mag", "mal", "lmm")
 
@@ -60,7 +61,7 @@ class TitansState:
 
 
 class NeuralMemory(nn.Module):
-    """A memory per head that learns key -> value while it reads (`foveate.linear.neural_memory`), with its projections.
+    """A memory per head that learns key -> value while it reads (`foveate.linear.memorise`), and its projections.
 
         q, k, v = silu(conv(x W_q)), silu(conv(x W_k)), silu(conv(x W_v));   q, k scaled to norm 1 per head
         eta = sigmoid(x w_eta + b),  theta = max_step sigmoid(x w_theta + b),  alpha = sigmoid(x w_alpha + b)
@@ -119,7 +120,7 @@ class NeuralMemory(nn.Module):
         d = dim // heads
         widths = [d, *[expansion * d] * (depth - 1), d]
         self.theta_0 = nn.ParameterList(
-            torch.randn(heads, out, into) * into**-0.5 for into, out in zip(widths, widths[1:], strict=False)
+            torch.randn(heads, out, into) * into**-0.5 for into, out in itertools.pairwise(widths)
         )
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
         taps = torch.zeros(3 * dim, conv)
@@ -138,7 +139,7 @@ class NeuralMemory(nn.Module):
         mixed, tail = self._convolved(self.qkv_proj(x), before.tail)
         q, k, v = (self._heads(t) for t in F.silu(mixed).chunk(3, -1))  # (B, H, N, D)
         eta, theta, alpha = self._rates(x)
-        y, memory = neural_memory(
+        y, memory = memorise(
             F.normalize(q, dim=-1),
             F.normalize(k, dim=-1),
             v,
@@ -154,7 +155,7 @@ class NeuralMemory(nn.Module):
         return y if state is None else (y, NeuralMemoryState(memory, tail))
 
     def read(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """What the memory with these weights (`MemoryState.weights`) holds for x (B, N, dim): no step, no convolution."""
+        """What a memory with these weights (`MemoryState.weights`) holds for x (B, N, dim); without convolution."""
         q = self._heads(F.silu(F.linear(x, self.qkv_proj.weight[: x.shape[-1]])))
         return (
             memory_read(weights, F.normalize(q, dim=-1), activation=self.activation)
@@ -299,7 +300,9 @@ class TitansBlock(nn.Module):
     # ------------------------------------------------------------------------------------------------- the modes
     def _lmm(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         y, memory = self._written(x, state.memory)
-        return self.memory_norm(y), TitansState(memory, None, None, (), None, None, state.position + x.shape[1])
+        return self.memory_norm(y), TitansState(
+            memory, None, None, (), None, None, state.position + x.shape[1]
+        )
 
     def _mag(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         y, state = self._windowed(x, state)
@@ -335,8 +338,10 @@ class TitansBlock(nn.Module):
 
     def _of_segment(self, s: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         """Tokens of one segment (or a part of it) of mac."""
-        assert state.k is not None and state.v is not None
-        assert state.read_k is not None and state.read_v is not None
+        assert state.k is not None
+        assert state.v is not None
+        assert state.read_k is not None
+        assert state.read_v is not None
         at = self._prefix + state.position % self.segment
         q, k, v = self._qkv(s, at)
         _, read_k, read_v = self._qkv(self.read_norm(self.memory.read(s, state.read)), at)
@@ -344,7 +349,8 @@ class TitansBlock(nn.Module):
         read_k, read_v = torch.cat([state.read_k, read_k], 2), torch.cat([state.read_v, read_v], 2)
         tokens = attention(q, k, v, is_causal=True, return_lse=True)
         reads = attention(q, read_k, read_v, is_causal=True, return_lse=True)  # P, then reads up to the own
-        assert isinstance(tokens, tuple) and isinstance(reads, tuple)
+        assert isinstance(tokens, tuple)
+        assert isinstance(reads, tuple)
         y = merge([tokens, reads])[0].transpose(1, 2).flatten(2)
         m, memory = self._written(y, state.memory)
         return y * self.memory_norm(m), TitansState(
@@ -364,9 +370,7 @@ class TitansBlock(nn.Module):
 
     def _qkv(self, x: Tensor, at: int) -> tuple[Tensor, Tensor, Tensor]:
         """(B, H, N, D) each; queries and keys rotated, the first token standing at `at`."""
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv_proj(x).chunk(3, -1)
-        )
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv_proj(x).chunk(3, -1))
         if self.rotary is not None:
             places = torch.arange(at, at + x.shape[1], device=x.device)
             q, k = self.rotary(q, places), self.rotary(k, places)
@@ -374,7 +378,8 @@ class TitansBlock(nn.Module):
 
     def _windowed(self, x: Tensor, state: TitansState) -> tuple[Tensor, TitansState]:
         """Attention of the next tokens over what is held and themselves."""
-        assert state.k is not None and state.v is not None
+        assert state.k is not None
+        assert state.v is not None
         q, k, v = self._qkv(x, self._prefix + state.position)
         k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
         out = attention(q, k, v, self.pattern)

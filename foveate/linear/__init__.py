@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from foveate.linear.neural_memory import MemoryState, memory_read, neural_memory, surprise
+from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 
-__all__ = ["MemoryState", "memory_read", "neural_memory", "surprise"]
+__all__ = ["MemoryState", "memorise", "memory_read", "surprise"]

@@ -1,7 +1,8 @@
-"""Neural memory: a small network whose weights learn, by gradient steps with momentum and decay, while a text is read."""
+"""Neural memory: a small network whose weights learn while a text is read, by steps with momentum and decay."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class MemoryState:
                 "MemoryState: weights must be (B, H, out, in), or (H, out, in) with a batch; "
                 f"got {[tuple(w.shape) for w in weights]} with batch {batch}"
             )
-        if any(b.shape[3] != a.shape[2] for a, b in zip(first, first[1:], strict=False)):
+        if any(b.shape[3] != a.shape[2] for a, b in itertools.pairwise(first)):
             raise ValueError(
                 f"MemoryState: each layer must take what the one before gives, got {[tuple(w.shape) for w in weights]}"
             )
@@ -123,7 +124,7 @@ def surprise(
     return found[::-1]
 
 
-def neural_memory(
+def memorise(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -170,7 +171,7 @@ def neural_memory(
     >>> k = torch.nn.functional.normalize(torch.randn(1, 1, 8, 16), dim=-1)
     >>> v, one = torch.randn(1, 1, 8, 16), torch.ones(1, 1, 8)
     >>> start = MemoryState.start([torch.zeros(1, 1, 16, 16)])
-    >>> y, state = neural_memory(k, k, v, 0 * one, 0.5 * one, 0 * one, start, chunk=1)
+    >>> y, state = memorise(k, k, v, 0 * one, 0.5 * one, 0 * one, start, chunk=1)
     >>> torch.allclose(y, v, atol=1e-5)  # a step of 1/2 on a unit key writes its value
     True
     """

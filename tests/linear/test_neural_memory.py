@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from foveate.linear import MemoryState, memory_read, neural_memory, surprise
+from foveate.linear import MemoryState, memorise, memory_read, surprise
 
 ACT = {"silu": F.silu, "gelu": F.gelu}
 
@@ -35,7 +35,7 @@ def network(weights, x, activation="silu"):
 
 
 def loop(q, k, v, eta, theta, alpha, state, *, chunk, clip=None, activation="silu"):
-    """The entry's recursion for one row and head, token by token; gradients by autograd, at the weights at a chunk's start."""
+    """The recursion for one row and head, token by token; gradients by autograd, at weights of the chunk's start."""
     weights = [w.clone() for w in state]
     momentum = [torch.zeros_like(w) for w in weights]
     out = []
@@ -55,9 +55,11 @@ def loop(q, k, v, eta, theta, alpha, state, *, chunk, clip=None, activation="sil
 def compare(args, **options):
     """The result for all rows and heads against the loop's."""
     *tensors, start = args
-    y, state = neural_memory(*args, **options)
+    y, state = memorise(*args, **options)
     for b, h in itertools.product(range(y.shape[0]), range(y.shape[1])):
-        want, weights, momentum = loop(*(t[b, h] for t in tensors), [w[b, h] for w in start.weights], **options)
+        want, weights, momentum = loop(
+            *(t[b, h] for t in tensors), [w[b, h] for w in start.weights], **options
+        )
         torch.testing.assert_close(y[b, h], want, atol=1e-11, rtol=1e-9)
         for got, expected in zip((*state.weights, *state.momentum), (*weights, *momentum), strict=True):
             torch.testing.assert_close(got[b, h], expected, atol=1e-11, rtol=1e-9)
@@ -74,7 +76,7 @@ def test_equals_the_token_loop_with_gradients_at_the_chunks_start(widths, chunk)
 def test_depth_1_and_chunk_1_is_the_written_out_recursion():
     q, k, v, eta, theta, alpha, start = inputs(17, (5, 5), batch=1, heads=1)
     w, s = start.weights[0][0, 0], torch.zeros(5, 5, dtype=torch.float64)
-    y, _ = neural_memory(q, k, v, eta, theta, alpha, start, chunk=1)
+    y, _ = memorise(q, k, v, eta, theta, alpha, start, chunk=1)
     for t in range(17):
         key, value = k[0, 0, t], v[0, 0, t]
         s = eta[0, 0, t] * s - theta[0, 0, t] * 2 * torch.outer(w @ key - value, key)
@@ -86,9 +88,9 @@ def test_other_activations_and_clipping():
     args = inputs(11, (4, 6, 4), batch=1, heads=2)
     compare(args, chunk=4, activation="gelu")
     compare(args, chunk=4, clip=1.0)
-    free = neural_memory(*args, chunk=4)[0]
-    assert not torch.allclose(neural_memory(*args, chunk=4, clip=1.0)[0], free, atol=1e-3)
-    assert torch.equal(neural_memory(*args, chunk=4, clip=1e6)[0], free)
+    free = memorise(*args, chunk=4)[0]
+    assert not torch.allclose(memorise(*args, chunk=4, clip=1.0)[0], free, atol=1e-3)
+    assert torch.equal(memorise(*args, chunk=4, clip=1e6)[0], free)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
@@ -98,9 +100,15 @@ def test_the_gradient_by_hand_is_autograds(widths, activation):
     found = surprise(start.weights, k, v, activation=activation)
     for t in range(7):
         leaves = [w.clone().requires_grad_() for w in start.weights]
-        loss = (memory_read(leaves, k[:, :, t : t + 1], activation=activation) - v[:, :, t : t + 1]).square().sum()
+        loss = (
+            (memory_read(leaves, k[:, :, t : t + 1], activation=activation) - v[:, :, t : t + 1])
+            .square()
+            .sum()
+        )
         for (u, z), want in zip(found, torch.autograd.grad(loss, leaves), strict=True):
-            torch.testing.assert_close(u[:, :, t, :, None] * z[:, :, t, None, :], want, atol=1e-12, rtol=1e-10)
+            torch.testing.assert_close(
+                u[:, :, t, :, None] * z[:, :, t, None, :], want, atol=1e-12, rtol=1e-10
+            )
 
 
 # ------------------------------------------------------------------------------------------------ limits
@@ -108,7 +116,7 @@ def test_without_forgetting_and_momentum_a_frozen_base_is_linear_attention():
     q, k, v, _, theta, alpha, _ = inputs(23, (5, 4))
     start = MemoryState.start([torch.zeros(2, 3, 4, 5, dtype=torch.float64)])
     none = torch.zeros_like(alpha)
-    y, _ = neural_memory(q, k, v, none, theta, none, start, chunk=23)
+    y, _ = memorise(q, k, v, none, theta, none, start, chunk=23)
     want = 2 * ((q @ k.transpose(-1, -2)).tril() * theta.unsqueeze(-2)) @ v
     torch.testing.assert_close(y, want, atol=1e-12, rtol=0)
 
@@ -116,7 +124,7 @@ def test_without_forgetting_and_momentum_a_frozen_base_is_linear_attention():
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_full_forgetting_leaves_the_momentum(chunk):
     q, k, v, eta, theta, alpha, start = inputs(19, (5, 6, 5))
-    y, state = neural_memory(q, k, v, eta, theta, torch.ones_like(alpha), start, chunk=chunk)
+    y, state = memorise(q, k, v, eta, theta, torch.ones_like(alpha), start, chunk=chunk)
     for w, s in zip(state.weights, state.momentum, strict=True):
         torch.testing.assert_close(w, s, atol=1e-12, rtol=0)
     torch.testing.assert_close(y[:, :, -1:], memory_read(state.momentum, q[:, :, -1:]), atol=1e-12, rtol=0)
@@ -125,16 +133,16 @@ def test_full_forgetting_leaves_the_momentum(chunk):
 
 def test_without_momentum_s_is_the_last_tokens():
     q, k, v, eta, theta, alpha, start = inputs(13, (5, 6, 5))
-    _, state = neural_memory(q, k, v, torch.zeros_like(eta), theta, alpha, start, chunk=4)
+    _, state = memorise(q, k, v, torch.zeros_like(eta), theta, alpha, start, chunk=4)
     u, z = surprise(state.base, k[:, :, -1:], v[:, :, -1:])[0]
     want = -theta[:, :, -1:, None] * u.transpose(-1, -2) @ z
     torch.testing.assert_close(state.momentum[0], want, atol=1e-12, rtol=0)
 
 
 def test_no_step_no_change():
-    q, k, v, eta, theta, alpha, start = inputs(13, (5, 6, 5))
-    none = torch.zeros_like(theta)
-    y, state = neural_memory(q, k, v, eta, none, none, start, chunk=4)
+    q, k, v, eta, *_, start = inputs(13, (5, 6, 5))
+    none = torch.zeros_like(eta)
+    y, state = memorise(q, k, v, eta, none, none, start, chunk=4)
     torch.testing.assert_close(y, memory_read(start.weights, q), atol=1e-12, rtol=0)
     assert torch.equal(state.weights[0], start.weights[0])
 
@@ -143,11 +151,11 @@ def test_no_step_no_change():
 @pytest.mark.parametrize("ends", [range(1, 32), (31,), (3, 4, 11, 24, 31), (8, 16, 31)])
 def test_any_pieces_give_what_one_call_gives(ends):
     *tensors, start = inputs(31, (5, 7, 5))
-    whole, last = neural_memory(*tensors, start, chunk=8)
+    whole, last = memorise(*tensors, start, chunk=8)
     state, parts, begin = start, [], 0
     before = [w.clone() for w in start.weights]
     for end in ends:
-        y, state = neural_memory(*(t[:, :, begin:end] for t in tensors), state, chunk=8)
+        y, state = memorise(*(t[:, :, begin:end] for t in tensors), state, chunk=8)
         parts.append(y)
         begin = end
     torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-11, rtol=0)
@@ -163,18 +171,18 @@ def test_state_is_fixed_in_size_and_shared_by_rows():
     first = [normal(3, 7, 5, dtype=torch.float32), normal(3, 5, 7, dtype=torch.float32)]
     start = MemoryState.start(first, batch=2)
     assert start.nbytes == 3 * 2 * 3 * 2 * 35 * 4
-    y, state = neural_memory(*tensors, start, chunk=8)
+    y, state = memorise(*tensors, start, chunk=8)
     assert state.nbytes == start.nbytes
     alone = MemoryState.start(first, batch=1)
-    torch.testing.assert_close(y[1:], neural_memory(*(t[1:] for t in tensors), alone, chunk=8)[0])
+    torch.testing.assert_close(y[1:], memorise(*(t[1:] for t in tensors), alone, chunk=8)[0])
 
 
 def test_later_tokens_do_not_change_earlier_reads():
     *tensors, start = inputs(29, (5, 7, 5))
-    y, _ = neural_memory(*tensors, start, chunk=8)
+    y, _ = memorise(*tensors, start, chunk=8)
     for t in (3, 8, 20):
         other = [torch.cat([x[:, :, :t], x[:, :, t:].flip(2)], 2) for x in tensors]
-        changed, _ = neural_memory(*other, start, chunk=8)
+        changed, _ = memorise(*other, start, chunk=8)
         torch.testing.assert_close(changed[:, :, :t], y[:, :, :t], atol=1e-12, rtol=0)
         assert not torch.allclose(changed[:, :, t:], y[:, :, t:], atol=1e-3)
 
@@ -188,7 +196,7 @@ def test_gradients_of_everything(exact):
 
     def run(*leaves):
         state = dataclasses.replace(start, weights=leaves[6:])
-        y, after = neural_memory(*leaves[:6], state, chunk=3, clip=2.0)
+        y, after = memorise(*leaves[:6], state, chunk=3, clip=2.0)
         return y, *after.momentum
 
     leaves = [t.requires_grad_() for t in (*tensors, *start.weights)]
@@ -197,10 +205,10 @@ def test_gradients_of_everything(exact):
 
 def test_strides_and_low_precision():
     *tensors, start = inputs(37, (8, 16, 8), dtype=torch.float32)
-    want, _ = neural_memory(*tensors, start, chunk=16)
+    want, _ = memorise(*tensors, start, chunk=16)
     turned = [t.transpose(0, 2).contiguous().transpose(0, 2) for t in tensors]
-    torch.testing.assert_close(neural_memory(*turned, start, chunk=16)[0], want, atol=1e-5, rtol=0)
-    low, state = neural_memory(*(t.bfloat16() for t in tensors), start, chunk=16)
+    torch.testing.assert_close(memorise(*turned, start, chunk=16)[0], want, atol=1e-5, rtol=0)
+    low, state = memorise(*(t.bfloat16() for t in tensors), start, chunk=16)
     assert low.dtype == torch.bfloat16
     assert state.weights[0].dtype == torch.float32
     torch.testing.assert_close(low.float(), want, atol=0.05, rtol=0.05)
@@ -209,16 +217,16 @@ def test_strides_and_low_precision():
 def test_errors_name_the_argument():
     q, k, v, eta, theta, alpha, start = inputs(5, (4, 6, 4))
     with pytest.raises(ValueError, match=r"q, k must be \(B, H, N, D\) and v .* D=4, E=4 of the memory; got"):
-        neural_memory(q[..., 1:], k, v, eta, theta, alpha, start)
+        memorise(q[..., 1:], k, v, eta, theta, alpha, start)
     with pytest.raises(ValueError, match=r"theta must be \(B, H, N\) = \(2, 3, 5\), got \(2, 3, 4\)"):
-        neural_memory(q, k, v, eta, theta[..., 1:], alpha, start)
+        memorise(q, k, v, eta, theta[..., 1:], alpha, start)
     for chunk in (0, 2.0, True):
         with pytest.raises(ValueError, match="chunk must be an int >= 1, got"):
-            neural_memory(q, k, v, eta, theta, alpha, start, chunk=chunk)
+            memorise(q, k, v, eta, theta, alpha, start, chunk=chunk)
     with pytest.raises(ValueError, match="clip must be > 0 or None, got 0"):
-        neural_memory(q, k, v, eta, theta, alpha, start, clip=0)
+        memorise(q, k, v, eta, theta, alpha, start, clip=0)
     with pytest.raises(ValueError, match="activation must be one of silu, gelu, got 'relu'"):
-        neural_memory(q, k, v, eta, theta, alpha, start, activation="relu")
+        memorise(q, k, v, eta, theta, alpha, start, activation="relu")
     with pytest.raises(ValueError, match=r"weights must be \(B, H, out, in\), or .* got \[\(6, 4\)\]"):
         MemoryState.start([torch.zeros(6, 4)])
     with pytest.raises(ValueError, match="each layer must take what the one before gives"):

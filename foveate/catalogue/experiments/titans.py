@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import Any
 
@@ -26,15 +27,15 @@ from foveate.catalogue.lab import (
 from foveate.catalogue.lab.facts import Facts
 from foveate.catalogue.lab.tasks import generator
 from foveate.layers import NeuralMemory, SelfAttention, TitansBlock, TransformerLM
-from foveate.linear import MemoryState, memory_read, neural_memory
+from foveate.linear import MemoryState, memorise, memory_read
 
 DIM, HEADS, LAYERS, WINDOW, STEPS = 64, 4, 2, 16, 200
 TASK = Facts(256, (1, 17, 33, 65, 97, 129, 193, 256))
 FAR = 96  # six windows; what two layers of the window of equal state reach is less
-STEP_SIZES = (0.05, 0.1, 0.2, 0.4, 0.8)
+MOMENTA, STEP_SIZES = (0.0, 0.8), (0.05, 0.1, 0.2, 0.4, 0.8)
 COUNTS_IF = (
     "95 % intervals. Untrained, 64 unit keys of 32 numbers written once, 16 draws, all of: with steps of 0.1, momentum "
-    "0.8 leaves less error than none; two layers leave less than one, each at the step that is best for it on other "
+    "0.8 leaves less error than none; two layers leave less than one, each at the rates that are best for it on other "
     "draws; of a key written twice, forgetting 0.02, the newer value is nearer in more than 0.9 of 64 draws. Trained, "
     "three seeds, paired, gate: full attention answers at least 0.95 of the questions about facts more than 96 tokens "
     "back, else open; then mag with a window of 16 answers more by 0.2 than each of: the window alone with as many "
@@ -57,7 +58,7 @@ def written(k: Tensor, v: Tensor, depth: int, eta: float, theta: float, alpha: f
     shapes = [(d, d)] if depth == 1 else [(2 * d, d), (d, 2 * d)]
     start = [torch.randn(1, o, i, generator=g) * i**-0.5 * (depth > 1) for o, i in shapes]
     rates = (torch.full((draws, 1, n), r) for r in (eta, theta, alpha))
-    return neural_memory(k, k, v, *rates, MemoryState.start(start, draws), chunk=1)[1]
+    return memorise(k, k, v, *rates, MemoryState.start(start, draws), chunk=1)[1]
 
 
 def error(seed: int, draws: int, depth: int, eta: float, theta: float) -> list[float]:
@@ -67,10 +68,10 @@ def error(seed: int, draws: int, depth: int, eta: float, theta: float) -> list[f
     return [min(x, 1e6) for x in left.mean((1, 2)).nan_to_num(1e6).tolist()]
 
 
-def best(depth: int, eta: float) -> float:
-    """The step size with the least error on draws of its own."""
-    means = {theta: sum(error(1, 8, depth, eta, theta)) for theta in STEP_SIZES}
-    return min(means, key=lambda theta: means[theta])
+def best(depth: int, momenta: tuple[float, ...]) -> tuple[float, float]:
+    """The momentum and the step size with the least error on draws of their own."""
+    means = {rates: sum(error(1, 8, depth, *rates)) for rates in itertools.product(momenta, STEP_SIZES)}
+    return min(means, key=lambda rates: means[rates])
 
 
 def newest(draws: int) -> Figure:
@@ -85,16 +86,15 @@ def newest(draws: int) -> Figure:
 def one_reading(lab: Lab) -> tuple[list[Figure], str]:
     draws = lab.pick(16, 4)
     at = partial(error, 2, draws)
-    found = {eta: at(1, eta, 0.1) for eta in (0.0, 0.8)}
-    steps = {(depth, eta): best(depth, eta) for depth in (1, 2) for eta in (0.0, 0.8)}
-    tuned = {(depth, eta): at(depth, eta, theta) for (depth, eta), theta in steps.items()}
-    momentum = difference("error: no momentum - momentum 0.8, steps of 0.1", found[0.0], found[0.8])
-    of_depth = {  # each depth with its better momentum
-        depth: min((tuned[depth, eta] for eta in (0.0, 0.8)), key=sum) for depth in (1, 2)
-    }
-    depth = difference("error: one layer - two, best steps", of_depth[1], of_depth[2])
+    plain, pushed = (at(1, eta, 0.1) for eta in MOMENTA)
+    momentum = difference(f"error: no momentum - momentum {MOMENTA[1]}, steps of 0.1", plain, pushed)
+    tuned = {depth: at(depth, *best(depth, MOMENTA)) for depth in (1, 2)}
+    depth = difference("error: one layer - two, best rates", tuned[1], tuned[2])
     last = newest(lab.pick(64, 8))
-    shown = [interval(f"error: {d} layer(s), momentum {e}, step {steps[d, e]}", tuned[d, e]) for d, e in steps]
+    shown = []
+    for layers, eta in itertools.product((1, 2), MOMENTA):
+        rates = best(layers, (eta,))
+        shown.append(interval(f"error: layers {layers}, momentum {eta}, step {rates[1]}", at(layers, *rates)))
     verdict = all_of(judge(momentum, 0.0), judge(depth, 0.0), judge(last, 0.9))
     return [momentum, depth, last, *shown], verdict
 
@@ -177,7 +177,7 @@ def picture() -> dict[str, Any]:
     state, rows = MemoryState.start([torch.zeros(1, 1, 1, n)]), []
     for t in range(n):
         piece = (x[:, :, t : t + 1] for x in (keys, keys, values, eta, theta, alpha))
-        _, state = neural_memory(*piece, state, chunk=n)
+        _, state = memorise(*piece, state, chunk=n)
         rows.append(state.weights[0][0, 0, 0])
     return pictures.weights(
         "How much of each token's step is in the weights after later tokens. Momentum lets it grow for a while, "
@@ -185,5 +185,5 @@ def picture() -> dict[str, Any]:
         torch.stack(rows),
         rows="after token",
         columns="step of token",
-        code="neural_memory(q, k, v, eta=0.8, theta=0.5, alpha=0.05)",
+        code="memorise(q, k, v, eta=0.8, theta=0.5, alpha=0.05)",
     )
