@@ -186,10 +186,11 @@ def memorise(
             continue
         q_, k_, v_, eta_, theta_, alpha_ = (t[:, :, begin:end].unflatten(2, (-1, size)) for t in parts)
         decays = _decays(1 - alpha_, eta_)  # of all chunks at once: (B, H, chunks, size, ...)
-        for tokens in zip(*(t.unbind(2) for t in (q_, k_, v_, theta_, *decays)), strict=True):
+        pieces = zip(*(t.unbind(2) for t in (q_, k_, v_, theta_, *decays)), strict=True)
+        for queries, keys, values, steps, *factors in pieces:
             if state.position % chunk == 0:
                 state = MemoryState(state.weights, state.momentum, state.weights, state.position)
-            y, state = _piece(*tokens[:4], tokens[4:], state, activation, clip)
+            y, state = _piece(queries, keys, values, steps, factors, state, activation, clip)
             out.append(y)
     return (torch.cat(out, 2) if out else parts[2]).to(q.dtype), state
 

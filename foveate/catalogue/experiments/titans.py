@@ -57,8 +57,8 @@ def written(k: Tensor, v: Tensor, depth: int, eta: float, theta: float, alpha: f
     g = generator(17, depth)
     shapes = [(d, d)] if depth == 1 else [(2 * d, d), (d, 2 * d)]
     start = [torch.randn(1, o, i, generator=g) * i**-0.5 * (depth > 1) for o, i in shapes]
-    rates = (torch.full((draws, 1, n), r) for r in (eta, theta, alpha))
-    return memorise(k, k, v, *rates, MemoryState.start(start, draws), chunk=1)[1]
+    momentum, step, forget = (torch.full((draws, 1, n), r) for r in (eta, theta, alpha))
+    return memorise(k, k, v, momentum, step, forget, MemoryState.start(start, draws), chunk=1)[1]
 
 
 def error(seed: int, draws: int, depth: int, eta: float, theta: float) -> list[float]:
@@ -176,8 +176,8 @@ def picture() -> dict[str, Any]:
     alpha[..., 30] = 0.8  # one token forgets nearly all
     state, rows = MemoryState.start([torch.zeros(1, 1, 1, n)]), []
     for t in range(n):
-        piece = (x[:, :, t : t + 1] for x in (keys, keys, values, eta, theta, alpha))
-        _, state = memorise(*piece, state, chunk=n)
+        k, v, *rates = (x[:, :, t : t + 1] for x in (keys, values, eta, theta, alpha))
+        _, state = memorise(k, k, v, rates[0], rates[1], rates[2], state, chunk=n)
         rows.append(state.weights[0][0, 0, 0])
     return pictures.weights(
         "How much of each token's step is in the weights after later tokens. Momentum lets it grow for a while, "
