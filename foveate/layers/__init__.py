@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gaussian_adaptive import (
+    FrozenEncoderProbe,
+    GaussianAdaptiveAttention,
+    GaussianAdaptiveBlock,
+    importance_factor,
+)
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
@@ -27,7 +33,10 @@ __all__ = [
     "ClusterLayout",
     "DMACache",
     "DynamicMaskAttention",
+    "FrozenEncoderProbe",
     "GatedMLP",
+    "GaussianAdaptiveAttention",
+    "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
     "KeptKeys",
     "KeyValueState",
@@ -47,6 +56,7 @@ __all__ = [
     "dma_bias",
     "gate_layout",
     "gate_loss",
+    "importance_factor",
     "load_gates",
     "pooled_attention_target",
     "routing_attention",
