@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.gaussian_adaptive import (
     FrozenEncoderProbe,
     GaussianAdaptiveAttention,
@@ -11,6 +14,7 @@ from foveate.layers.gaussian_adaptive import (
     importance_factor,
 )
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
@@ -25,20 +29,26 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
 from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 
 __all__ = [
+    "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
+    "DeltaNet",
+    "DeltaNetState",
     "DynamicMaskAttention",
     "FrozenEncoderProbe",
+    "GatedLinearAttention",
     "GatedMLP",
     "GaussianAdaptiveAttention",
     "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
     "KeptKeys",
+    "KernelAttention",
     "KeyValueState",
     "NeuralMemory",
     "NeuralMemoryState",
@@ -47,6 +57,7 @@ __all__ = [
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "ShortConv",
     "TitansBlock",
     "TitansState",
     "TransformerLM",

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
 from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
+from foveate.linear.operators import LinearAttention
+from foveate.linear.scan import LinearState, linear_attention, recurrence
 
-__all__ = ["MemoryState", "memorise", "memory_read", "surprise"]
+__all__ = [
+    "LinearAttention",
+    "LinearState",
+    "MemoryState",
+    "RandomFeatures",
+    "elu_plus_one",
+    "linear_attention",
+    "memorise",
+    "memory_read",
+    "recurrence",
+    "surprise",
+]
