@@ -14,6 +14,7 @@ from foveate.core.merge import merge
 from foveate.core.patterns import Causal, Sinks, SlidingWindow
 from foveate.core.rotary import Rotary
 from foveate.layers.norms import RMSNorm
+from foveate.layers.short_conv import ShortConv
 from foveate.linear.neural_memory import MemoryState, memorise, memory_read
 
 MODES = ("mac", "mag", "mal", "lmm")
@@ -72,7 +73,7 @@ class NeuralMemory(nn.Module):
         depth: linear layers of the memory; 1 is a matrix. expansion: width of its hidden layers over its input's.
         chunk: tokens whose inner gradients are taken at the same weights.
         momentum, forget: False fixes eta, or alpha, to 0.
-        conv: taps of the causal convolution of every channel; 1: none.
+        conv: kernel of the causal convolution of every channel; 0: none.
         max_step: bound of theta; 0 never writes. The loss is a sum over features; of a mean it would be `dim / heads`
             times as much.
         clip: largest norm of a token's inner gradient, or None.
@@ -108,13 +109,14 @@ class NeuralMemory(nn.Module):
         super().__init__()
         counts = {"heads": heads, "depth": depth, "expansion": expansion, "chunk": chunk, "conv": conv}
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"NeuralMemory: {name} must be an int >= 1, got {value!r}")
+            least = 0 if name == "conv" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"NeuralMemory: {name} must be an int >= {least}, got {value!r}")
         if dim % heads:
             raise ValueError(f"NeuralMemory: dim must be a multiple of heads, got {dim} and {heads}")
         if not max_step >= 0:
             raise ValueError(f"NeuralMemory: max_step must be >= 0, got {max_step!r}")
-        self.heads, self.depth, self.chunk, self.conv = heads, depth, chunk, conv
+        self.heads, self.depth, self.chunk = heads, depth, chunk
         self.momentum, self.forget, self.max_step = momentum, forget, max_step
         self.clip, self.activation = clip, activation
         d = dim // heads
@@ -123,9 +125,7 @@ class NeuralMemory(nn.Module):
             torch.randn(heads, out, into) * into**-0.5 for into, out in itertools.pairwise(widths)
         )
         self.qkv_proj = nn.Linear(dim, 3 * dim, bias=False)
-        taps = torch.zeros(3 * dim, conv)
-        taps[:, -1] = 1.0  # starts as no convolution
-        self.taps = nn.Parameter(taps + 0.1 * torch.randn(taps.shape)) if conv > 1 else None
+        self.conv = ShortConv(3 * dim, conv, activation="silu") if conv else None
         self.rates = nn.Linear(dim, heads * (1 + momentum + forget))
         nn.init.zeros_(self.rates.bias)
         if forget:
@@ -136,8 +136,12 @@ class NeuralMemory(nn.Module):
     ) -> Tensor | tuple[Tensor, NeuralMemoryState]:
         """y (B, N, dim); with the state of the tokens before, (y, state after these)."""
         before = self.initial_state(x) if state is None else state
-        mixed, tail = self._convolved(self.qkv_proj(x), before.tail)
-        q, k, v = (self._heads(t) for t in F.silu(mixed).chunk(3, -1))  # (B, H, N, D)
+        mixed, tail = self.qkv_proj(x), before.tail
+        if self.conv is None:
+            mixed = F.silu(mixed)
+        else:
+            mixed, tail = self.conv(mixed, state=tail)
+        q, k, v = (self._heads(t) for t in mixed.chunk(3, -1))  # (B, H, N, D)
         eta, theta, alpha = self._rates(x)
         y, memory = memorise(
             F.normalize(q, dim=-1),
@@ -165,7 +169,8 @@ class NeuralMemory(nn.Module):
 
     def initial_state(self, x: Tensor) -> NeuralMemoryState:
         """The state before the first token, for inputs like x (B, N, dim)."""
-        tail = x.new_zeros(x.shape[0], self.conv - 1, 3 * x.shape[-1])
+        kernel = 1 if self.conv is None else self.conv.kernel
+        tail = x.new_zeros(x.shape[0], kernel - 1, 3 * x.shape[-1])
         return NeuralMemoryState(MemoryState.start(list(self.theta_0), x.shape[0]), tail)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -176,15 +181,6 @@ class NeuralMemory(nn.Module):
         found = self.rates(x).sigmoid().transpose(1, 2).split(self.heads, 1)
         theta, none = self.max_step * found[0], torch.zeros_like(found[0])
         return found[1] if self.momentum else none, theta, found[-1] if self.forget else none
-
-    def _convolved(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        """Every channel over its last `conv` tokens, and the tail after these."""
-        if self.taps is None:
-            return x, tail
-        whole = torch.cat([tail.to(x.dtype), x], 1)  # (B, conv - 1 + N, 3 dim)
-        out = sum(whole[:, i : i + x.shape[1]] * self.taps[:, i] for i in range(self.conv))
-        assert isinstance(out, Tensor)
-        return out, whole[:, x.shape[1] :]
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, depth={self.depth}, chunk={self.chunk}, max_step={self.max_step}"
