@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.catalogue import pictures
@@ -60,28 +60,48 @@ def auc(scores: Tensor, which: Tensor) -> float:
     return float(((ours > others).double() + 0.5 * (ours == others).double()).mean())
 
 
-def probed(lab: Lab, task: str, gated: bool, seed: int) -> dict[str, float]:
+class Alone(nn.Module):
+    """64 x A: the weights without the residual, and without making the features 64 times smaller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = GaussianAdaptiveAttention(-1, 1, 3, init="lognormal")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FEATURES * self.attention(x)
+
+
+# arm -> (the probe, what says which features matter)
+ARMS = {
+    "linear": ("linear probe", "weights of the linear probe"),
+    "gated": ("with Gaussian attention", "importance factor"),
+    "alone": ("Gaussian attention alone", "importance factor, no residual"),
+}
+
+
+def probed(lab: Lab, task: str, arm: str, seed: int) -> dict[str, float]:
     """Test accuracy of a probe, and the AUC of the importance that it gives its features."""
     x, y, test_x, test_y, telling = data(task, seed)
     torch.manual_seed(seed)
-    block = GaussianAdaptiveBlock([-1], [1], [3], init="lognormal") if gated else None
+    block = {
+        "linear": lambda: None,
+        "gated": lambda: GaussianAdaptiveBlock([-1], [1], [3], init="lognormal"),
+        "alone": Alone,
+    }[arm]()
     probe = FrozenEncoderProbe(FEATURES, 10 if task == "digits" else CLASSES, 1, block)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=0.02, weight_decay=0.01)
-    for _ in lab.track(range(lab.pick(STEPS, 5)), f"{task}, {'gated' if gated else 'linear'}, seed {seed}"):
+    for _ in lab.track(range(lab.pick(STEPS, 5)), f"{task}, {arm}, seed {seed}"):
         optimizer.zero_grad()
         F.cross_entropy(probe(x[:, None, None]), y).backward()
         optimizer.step()
     with torch.no_grad():
         found = {"accuracy": float((probe(test_x[:, None, None]).argmax(-1) == test_y).double().mean())}
         if telling is not None:
-            head = probe.head.weight.norm(dim=0)  # what a linear probe says by itself
-            gate = block.layers[0] if block is not None else None
-            weighed = (
-                importance_factor(gate.weights(test_x), -1)
-                if isinstance(gate, GaussianAdaptiveAttention)
-                else head
-            )
-            found["auc"] = auc(weighed, telling)
+            importance = probe.head.weight.norm(dim=0)  # what a linear probe says by itself
+            for gate in probe.block.modules():
+                if isinstance(gate, GaussianAdaptiveAttention):
+                    importance = importance_factor(gate.weights(test_x), -1)
+            found["auc"] = auc(importance, telling)
     return found
 
 
@@ -89,51 +109,42 @@ def run(lab: Lab) -> Finding:
     """Does the importance factor find the features that carry the class, at no cost in accuracy?"""
     seeds, tasks = lab.pick(range(5), range(1)), ("digits", "raised", "varied")
     runs = {
-        (task, gated): [
-            lab.once(
-                f"{task}-{'gated' if gated else 'linear'}-{seed}", partial(probed, lab, task, gated, seed)
-            )
-            for seed in seeds
+        (task, arm): [
+            lab.once(f"{task}-{arm}-{seed}", partial(probed, lab, task, arm, seed)) for seed in seeds
         ]
         for task in tasks
-        for gated in (False, True)
+        for arm in ARMS
     }
-    values = lambda task, gated, name: [r[name] for r in runs[task, gated]]  # noqa: E731
-    who = {False: "linear probe", True: "with Gaussian attention"}
-    accuracy = {
-        (task, gated): interval(f"accuracy, {task}: {who[gated]}", values(task, gated, "accuracy"))
-        for task, gated in runs
-    }
-    areas = {
-        (task, gated): interval(f"AUC, {task}: {'importance factor' if gated else 'weights of the linear probe'}",
-                                values(task, gated, "auc"))
-        for task in tasks[1:] for gated in (True, False)
-    }  # fmt: skip
+    values = lambda task, arm, what: [r[what] for r in runs[task, arm]]  # noqa: E731
+    accuracy = {at: interval(f"accuracy, {at[0]}: {ARMS[at[1]][0]}", values(*at, "accuracy")) for at in runs}
+    told = [at for at in runs if at[0] != "digits"]
+    areas = {at: interval(f"AUC, {at[0]}: {ARMS[at[1]][1]}", values(*at, "auc")) for at in told}
+    found = {at: f"{figure.value:.2f}" for at, figure in areas.items()}
     gains = [
         difference(
-            f"accuracy, {t}: with - without", values(t, True, "accuracy"), values(t, False, "accuracy")
+            f"accuracy, {t}: with - without", values(t, "gated", "accuracy"), values(t, "linear", "accuracy")
         )
         for t in tasks
     ]
     verdict = OPEN
-    if all(accuracy[task, False].value >= 0.9 for task in tasks):
-        verdict = all_of(judge(gains[0], -0.01), *(judge(areas[task, True], 0.8) for task in tasks[1:]))
+    if all(accuracy[task, "linear"].value >= 0.9 for task in tasks):
+        verdict = all_of(judge(gains[0], -0.01), *(judge(areas[task, "gated"], 0.8) for task in tasks[1:]))
     shown = [*areas.values()]
     return Finding(
         question="Does the importance factor find the features that carry the class, at no cost in accuracy?",
         counts_if=COUNTS_IF,
         verdict=verdict,
-        summary=f"Digits: {accuracy['digits', True].value:.3f} with Gaussian adaptive attention, "
-        f"{accuracy['digits', False].value:.3f} without. The importance factor finds 8 telling features of 64 with an "
-        f"AUC of {areas['raised', True].value:.2f} where they lie higher, {areas['varied', True].value:.2f} where "
-        f"only their class means vary (weights of the linear probe: {areas['raised', False].value:.2f}, "
-        f"{areas['varied', False].value:.2f}).",
+        summary=f"Digits: {accuracy['digits', 'gated'].value:.3f} with Gaussian adaptive attention, "
+        f"{accuracy['digits', 'linear'].value:.3f} without. The importance factor finds 8 telling features of 64 "
+        f"with an AUC of {found['raised', 'gated']} where they lie higher, {found['varied', 'gated']} where only "
+        f"their class means vary (weights of the linear probe: {found['raised', 'linear']} and "
+        f"{found['varied', 'linear']}; without the residual: {found['raised', 'alone']}, {found['varied', 'alone']}).",
         figures=(*accuracy.values(), *gains, *shown),
         plot=bars(
             "8 features of 64 carry the class: are they found?",
             "AUC (0.5: by chance)",
             [Figure(f.name.removeprefix("AUC, "), f.value, f.low, f.high, f.n) for f in shown],
-            [areas[task, False].name.removeprefix("AUC, ") for task in tasks[1:]],
+            [areas[task, "linear"].name.removeprefix("AUC, ") for task in tasks[1:]],
         ),
     )
 
