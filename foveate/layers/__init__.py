@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
@@ -21,6 +22,7 @@ from foveate.layers.seer_attention import (
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 
 __all__ = [
+    "AgentAttention2d",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
