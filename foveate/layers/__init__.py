@@ -20,6 +20,7 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
 
 __all__ = [
     "AgentAttention2d",
@@ -37,6 +38,7 @@ __all__ = [
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "ShortConv",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
