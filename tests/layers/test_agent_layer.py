@@ -136,3 +136,13 @@ def test_errors_name_the_argument():
         ValueError, match=r"x must be \(B, 50, C\) for resolution \(7, 7\), got \(1, 49, 16\)"
     ):
         layer(torch.zeros(1, 49, 16))
+
+
+def test_the_entry_counts_what_the_layer_adds_to_plain_attention():
+    c, heads, n, (h, w) = 24, 4, 9, (8, 6)
+    added = heads * n * (98 + 2 * (h + w)) + 10 * c
+    layer = AgentAttention2d(c, heads, (h, w), agents=n)
+    bare = AgentAttention2d(c, heads, (h, w), agents=n, depthwise=False, position=False)
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    assert count(bare) == 4 * c * c + c
+    assert count(layer) - count(bare) == added
