@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from foveate.layers.agent import AgentAttention2d
+from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
@@ -24,14 +28,19 @@ from foveate.layers.short_conv import ShortConv
 
 __all__ = [
     "AgentAttention2d",
+    "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
+    "DeltaNet",
+    "DeltaNetState",
     "DynamicMaskAttention",
+    "GatedLinearAttention",
     "GatedMLP",
     "HierarchicalSelfAttention",
     "KeptKeys",
+    "KernelAttention",
     "KeyValueState",
     "RMSNorm",
     "RoutingAttention",

@@ -313,7 +313,7 @@ class _Decay(_Still):
             c = self.c.squeeze(-1)
             gone = (c.unsqueeze(-1) - c.unsqueeze(-2)).clamp(max=0.0)  # above the diagonal it is not used
             return super().pairs(q, k) * gone.to(self.dtype).exp().unsqueeze(-3)
-        if self.c.numel() == 0 or float((-self.c[..., -1, :]).max()) < NO_FLOW:
+        if self.c.numel() == 0 or float((-self.c.detach()[..., -1, :]).max()) < NO_FLOW:
             ahead, back = self.c.to(self.dtype).exp().unsqueeze(-3), (-self.c).to(self.dtype).exp()
             return super().pairs(q * ahead, k * back)
         return self._sub_blocks(q, k)
