@@ -1,4 +1,4 @@
-"""Mixers of a small vision transformer to compare others with: softmax, and linear attention that divides by its sum."""
+"""Mixers of a small vision transformer to compare others with: softmax, and linear attention that is normalised."""
 
 from __future__ import annotations
 
