@@ -9,6 +9,7 @@ from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
@@ -39,9 +40,11 @@ __all__ = [
     "GatedLinearAttention",
     "GatedMLP",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
