@@ -131,4 +131,6 @@ class InLineAttention2d(nn.Module):
 
     def extra_repr(self) -> str:
         token = bool(self.lead)
-        return f"heads={self.heads}, resolution={self.resolution}, feature={self.feature}, class_token={token}"
+        return (
+            f"heads={self.heads}, resolution={self.resolution}, feature={self.feature}, class_token={token}"
+        )
