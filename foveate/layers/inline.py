@@ -131,6 +131,5 @@ class InLineAttention2d(nn.Module):
 
     def extra_repr(self) -> str:
         token = bool(self.lead)
-        return (
-            f"heads={self.heads}, resolution={self.resolution}, feature={self.feature}, class_token={token}"
-        )
+        # fmt: off
+        return f"heads={self.heads}, resolution={self.resolution}, feature={self.feature}, class_token={token}"
