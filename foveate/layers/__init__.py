@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
@@ -14,6 +15,7 @@ from foveate.layers.gaussian_adaptive import (
     importance_factor,
 )
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
@@ -33,6 +35,7 @@ from foveate.layers.short_conv import ShortConv
 from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 
 __all__ = [
+    "AgentAttention2d",
     "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
@@ -47,11 +50,13 @@ __all__ = [
     "GaussianAdaptiveAttention",
     "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
     "NeuralMemory",
     "NeuralMemoryState",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
