@@ -2,4 +2,18 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.linear.lightning import (
+    LightningAttention,
+    LightningFunction,
+    alibi_decay,
+    lightning_attention,
+    lightning_step,
+)
+
+__all__ = [
+    "LightningAttention",
+    "LightningFunction",
+    "alibi_decay",
+    "lightning_attention",
+    "lightning_step",
+]
