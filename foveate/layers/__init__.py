@@ -19,6 +19,7 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.trans_normer import SimpleGLU, TNLAttention, TNLState, TransNormerLLM
 
 __all__ = [
     "BlockGate",
@@ -35,6 +36,10 @@ __all__ = [
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "SimpleGLU",
+    "TNLAttention",
+    "TNLState",
+    "TransNormerLLM",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
