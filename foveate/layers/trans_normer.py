@@ -47,8 +47,8 @@ class TNLAttention(nn.Module):
 
     Shape: (B, N, dim) -> (B, N, dim).
 
-    Source: Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention (2024). Differs from the
-    released code: the rotation turns pairs of channels (there twice as many channels hold cosine and sine).
+    Source: Various Lengths, Constant Speed: Efficient Language Modeling with Lightning Attention (2024). Differs from
+    the released code: the rotation turns pairs of channels (there twice as many channels hold cosine and sine).
 
     >>> layer = TNLAttention(32, heads=4)
     >>> x = torch.randn(1, 20, 32)

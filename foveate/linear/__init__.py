@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
 from foveate.linear.lightning import (
     LightningAttention,
     LightningFunction,
@@ -9,11 +10,19 @@ from foveate.linear.lightning import (
     lightning_attention,
     lightning_step,
 )
+from foveate.linear.operators import LinearAttention
+from foveate.linear.scan import LinearState, linear_attention, recurrence
 
 __all__ = [
     "LightningAttention",
     "LightningFunction",
+    "LinearAttention",
+    "LinearState",
+    "RandomFeatures",
     "alibi_decay",
+    "elu_plus_one",
     "lightning_attention",
     "lightning_step",
+    "linear_attention",
+    "recurrence",
 ]

@@ -81,7 +81,7 @@ def lightning_attention(
 
     Args:
         q: (B, H, N, D); k: (B, G, N, D); v: (B, G, N, E), of one dtype, G a divisor of H.
-        decay: s >= 0, (H,), without a gradient; None: no decay. `linear_attention` has learnt decays.
+        decay: s >= 0, (H,), without a gradient; None: no decay. `linear_attention` has learnt ones, log_decay = -s.
         block: n, tokens of a tile.
         variant: "chunk_loop", one tile after another, or "parallel": all states first, then all tiles at once, which
             holds N / n states. The results are the same up to rounding.

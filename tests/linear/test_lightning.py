@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveate.linear import LightningAttention, LightningFunction, alibi_decay, lightning_attention, lightning_step
+from foveate.linear import LightningAttention, LightningFunction, alibi_decay, lightning_attention, lightning_step, linear_attention
 from foveate.linear.lightning import VARIANTS
 
 
@@ -189,6 +189,14 @@ def test_strides_and_no_tokens():
                                           return_state=True)  # fmt: skip
         assert none.shape == (2, 3, 0, 7)
         assert not state.any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_linear_attention_with_a_constant_decay(variant):
+    q, k, v = inputs(150, heads=3, kv_heads=3)
+    found = lightning_attention(q, k, v, DECAY, variant=variant, return_state=True)
+    out, state = linear_attention(q, k, v, log_decay=-DECAY, return_state=True)
+    torch.testing.assert_close(found, (out, state.kv.to(found[1])), atol=1e-4, rtol=1e-5)  # a float32 state there
 
 
 # ------------------------------------------------------------------------------------------------ what it costs

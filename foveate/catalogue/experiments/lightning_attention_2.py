@@ -20,8 +20,8 @@ COUNTS_IF = (
     "counted on a forward and backward pass of two heads of 64, tiles of 64. All of, for both variants: multiply-adds "
     "and peak bytes grow with the tokens, 2,048 to 32,768, with exponents between 0.98 and 1.02, where the N x N form "
     "through autograd has exponents above 1.8; the peak is below 0.6 of what the same tiles through autograd "
-    "hold at 8,192 tokens; the forward pass needs fewer multiply-adds than causal softmax attention needs for its pairs "
-    "from a length below 8,192 on; and gradients of q, k and v in float32, 1,000 tokens, three seeds, differ from the "
+    "hold at 8,192 tokens; the forward pass needs fewer multiply-adds than causal softmax attention needs for its "
+    "pairs from a length below 8,192 on; and gradients of q, k and v in float32, 1,000 tokens, three seeds, differ from the "
     "definition in float64 by less than 1e-5 of their norm, 95 % intervals"
 )
 
@@ -92,13 +92,21 @@ def run(lab: Lab) -> Finding:
     }  # fmt: skip
     costs = {name: {n: lab.once(f"{name.replace(' ', '-')}-{n}", partial(counted, name, n)) for n in at}
              for name, at in sizes.items()}  # fmt: skip
-    growth = {(name, what): slope(f"growth of {label}, {name}", list(at), [n * c[what] for n, c in at.items()])
-              for name, at in costs.items() for what, label in (("work", "multiply-adds"), ("bytes", "peak bytes"))}  # fmt: skip
+    growth = {
+        (name, what): slope(f"growth of {label}, {name}", list(at), [n * c[what] for n, c in at.items()])
+        for name, at in costs.items()
+        for what, label in (("work", "multiply-adds"), ("bytes", "peak bytes"))
+    }
     linear = all(abs(growth[name, what].value - 1) < 0.02 for name in VARIANTS for what in ("work", "bytes"))
     square = all(growth["N x N", what].value > 1.8 for what in ("work", "bytes"))
     at = lab.pick(8192, 512)
-    shares = [Figure(f"peak bytes over those of autograd, {name}",
-                     costs[name][at]["bytes"] / costs["tiles by autograd"][at]["bytes"]) for name in VARIANTS]  # fmt: skip
+    shares = [
+        Figure(
+            f"peak bytes over those of autograd, {name}",
+            costs[name][at]["bytes"] / costs["tiles by autograd"][at]["bytes"],
+        )
+        for name in VARIANTS
+    ]
     # causal softmax: (N + 1) / 2 pairs per query, a multiply-add per channel for the logit and one for the value
     even = [Figure(f"break-even with causal softmax, {name}", costs[name][at]["forward"] / (HEADS * WIDTH) - 1,
                    unit="tokens") for name in VARIANTS]  # fmt: skip
@@ -111,8 +119,8 @@ def run(lab: Lab) -> Finding:
         *(judge(Figure(f.name, -f.value, *(None if x is None else -x for x in (f.high, f.low))), -1e-5) for f in wrong),
     )  # fmt: skip
     return Finding(
-        question="Do work and memory of a training step grow as the tokens, with exact gradients and nothing but inputs "
-        "kept?",
+        question="Do work and memory of a training step grow as the tokens, with exact gradients and nothing but "
+        "inputs kept?",
         counts_if=COUNTS_IF,
         verdict=verdict,
         summary=f"Multiply-adds grow as N^{growth['chunk_loop', 'work'].value:.3f}, peak bytes as "

@@ -24,9 +24,10 @@ MARGIN, LEARNT = 1.05, 3.5
 COUNTS_IF = (
     f"three seeds, paired, 95 % intervals, held-out bits per byte of a model of two layers after {STEPS} steps. Gate: "
     f"softmax needs fewer than {LEARNT} bits, else open. Then all of: TNL needs fewer bits than the same model without "
-    f"decay; TNL needs fewer than {MARGIN} times the bits of softmax attention in a model of as many parameters (within "
-    "2 %); multiply-adds of the operator grow with the tokens, 1,024 to 16,384, with an exponent between 0.99 and 1.01, "
-    "where the N x N form of it has one above 1.9; the state of decoding has the same bytes after 8 tokens as after 512"
+    f"decay; TNL needs fewer than {MARGIN} times the bits of softmax attention in a model of as many parameters "
+    "(within 2 %); multiply-adds of the operator grow with the tokens, 1,024 to 16,384, with an exponent between 0.99 "
+    "and 1.01, where the N x N form of it has one above 1.9; the state of decoding has the same bytes after 8 tokens "
+    "as after 512"
 )
 
 
@@ -115,14 +116,15 @@ def run(lab: Lab) -> Finding:
 
 def picture() -> dict[str, Any]:
     """What the operator multiplies a pair by: four heads of the first of three layers, then of the second."""
-    n, ones = 48, torch.ones(1, 4, 48, 1)
-    rows = [
-        torch.cat(list(lightning_attention(ones, ones, torch.eye(n).expand(1, 4, n, n), alibi_decay(4, layer, 3))[0]), 1)
-        for layer in (0, 1)
-    ]  # fmt: skip
+    ones, eye = torch.ones(1, 4, 48, 1), torch.eye(48).expand(1, 4, 48, 48)
+    rows = []
+    for layer in (0, 1):
+        maps = lightning_attention(ones, ones, eye, alibi_decay(4, layer, 3))
+        assert isinstance(maps, torch.Tensor)
+        rows.append(torch.cat(list(maps[0]), 1))  # (48, 4 * 48)
     return pictures.weights(
-        "Four heads side by side, first layer above, second of three below: each forgets at its own rate, deeper layers "
-        "more slowly, and the last one (not shown) hardly at all.",
+        "Four heads side by side, first layer above, second of three below: each forgets at its own rate, deeper "
+        "layers more slowly, and the last one (not shown) hardly at all.",
         torch.cat(rows),
         code="lightning_attention(ones, ones, eye, alibi_decay(4, layer, 3))",
     )
