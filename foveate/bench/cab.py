@@ -1,4 +1,4 @@
-"""CAB: which of the four uses of attention an operator supports, one score per use, and where it beats plain attention."""
+"""CAB: which of the four uses of attention an operator supports, one score per use, and where it breaks even."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 class AttentionPattern(Enum):
     """The four uses: causal or not, self or cross.
 
-    Causal cross: row i of the result may depend on the queries up to i alone, and on the whole memory. Softmax does so by
-    itself; what pools queries does not.
+    Causal cross: row i of the result may depend on the queries up to i alone, and on the whole memory. Softmax does so
+    by itself; what pools queries does not.
 
     >>> AttentionPattern.CC.causal, AttentionPattern.CC.cross, AttentionPattern["NS"].value
     (True, True, 'noncausal self')
@@ -48,8 +48,8 @@ def supported_patterns(
     """Which uses an operator really supports, whatever it declares.
 
     Args:
-        factory: a use -> the operator for it, or None where there is none. An operator that has `initial_state(q, k, v)`
-            is called as `op(q, k, v, state=s) -> (out, s)` too, one token at a time.
+        factory: a use -> the operator for it, or None where there is none. An operator that has
+            `initial_state(q, k, v)` is called as `op(q, k, v, state=s) -> (out, s)` too, one token at a time.
         dim, heads: width of all heads together, and their number.
         n, m: tokens, and tokens of the memory in the cross uses.
 
@@ -80,15 +80,16 @@ def refusal(
 ) -> str | None:
     """Why an operator does not support a use; None where it does.
 
-    It must take the shapes (a ValueError or NotImplementedError of its own is a refusal) and give finite results. In the
-    causal uses row i, for i in the second half, must be what it is without the later queries (and, in self attention,
-    keys), and what decoding token by token gives: the absolute differences of a row sum to less than 1e-4, or 1e-4 of
-    the row where that is larger.
+    It must take the shapes (a ValueError or NotImplementedError of its own is a refusal) and give finite results. In
+    the causal uses row i, for i in the second half, must be what it is without the later queries (and, in self
+    attention, keys), and what decoding token by token gives: the absolute differences of a row sum to less than 1e-4,
+    or 1e-4 of the row where that is larger.
     """
     g = torch.Generator().manual_seed(0)
     tokens = m if pattern.cross else n
     q, k, v = (
-        torch.randn(1, heads, size, dim // heads, generator=g, dtype=torch.float64) for size in (n, tokens, tokens)
+        torch.randn(1, heads, size, dim // heads, generator=g, dtype=torch.float64)
+        for size in (n, tokens, tokens)
     )
     try:
         out = op(q, k, v)
@@ -164,14 +165,19 @@ CAB_TASKS: Protocol = {
             ("-MSD, Transformer-TTS", 2.19021, 0.03866),
         ),
         _task(
-            "Sum", ("ROUGE-1", 34.88667, 1.39697), ("ROUGE-2", 6.79333, 1.41078), ("ROUGE-L", 31.96889, 1.31499)
+            "Sum",
+            ("ROUGE-1", 34.88667, 1.39697),
+            ("ROUGE-2", 6.79333, 1.41078),
+            ("ROUGE-L", 31.96889, 1.31499),
         ),
         _task("SR", ("PSNR", 23.208, 0.27499), ("SSIM", 0.6758, 0.01557)),
         _task("MLM", ("-perplexity", 36.292, 62.30827)),
     ),
     AttentionPattern.CS: (
         _task("TTS", ("-MCD", 4.08325, 0.04529), ("-MSD", 2.20085, 0.01372)),
-        _task("Sum", ("ROUGE-1", 32.9575, 1.92754), ("ROUGE-2", 6.0925, 0.41007), ("ROUGE-L", 30.2575, 1.61951)),
+        _task(
+            "Sum", ("ROUGE-1", 32.9575, 1.92754), ("ROUGE-2", 6.0925, 0.41007), ("ROUGE-L", 30.2575, 1.61951)
+        ),
         _task("LM", ("-perplexity", 22.26, 8.29944)),
     ),
     AttentionPattern.NC: (

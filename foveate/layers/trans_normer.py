@@ -85,7 +85,9 @@ class TNLAttention(nn.Module):
         pairs = torch.arange(self.head_dim // 2) / max(1, self.head_dim // 2)
         self.angles = nn.Parameter((10_000.0**-pairs).repeat(heads, 1)) if rotation else None  # (H, D/2)
         rank = self.head_dim if gate_rank is None else gate_rank
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
+            nn.Linear(dim, dim, bias=False) for _ in range(4)
+        )
         self.gate = nn.Sequential(nn.Linear(dim, rank, bias=False), nn.Linear(rank, dim, bias=False))
         self.norm = RMSNorm(dim, scale=False)
 
@@ -162,7 +164,9 @@ class TNLBlock(nn.Module):
         self.norm, self.mixer, self.glu = RMSNorm(dim, scale=False), mixer, SimpleGLU(dim, inner)
 
     def forward(self, x: Tensor, state: TNLState | None = None) -> tuple[Tensor, TNLState | None]:
-        mixed, state = (self.mixer(self.norm(x)), None) if state is None else self.mixer(self.norm(x), state=state)
+        mixed, state = (
+            (self.mixer(self.norm(x)), None) if state is None else self.mixer(self.norm(x), state=state)
+        )
         x = x + mixed
         return x + self.glu(self.norm(x)), state
 

@@ -117,7 +117,13 @@ def lightning_attention(
             tokens = (t[:, :, start:end] for t in (q, k, v))
             out, state = LightningFunction.apply(*tokens, decay, state, block, way)  # pyright: ignore
             pieces.append(out)
-    out = torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0] if pieces else q.new_zeros(*shape[:2], 0, shape[3])
+    out = (
+        torch.cat(pieces, 2)
+        if len(pieces) > 1
+        else pieces[0]
+        if pieces
+        else q.new_zeros(*shape[:2], 0, shape[3])
+    )
     return (out, state) if return_state else out
 
 
@@ -234,7 +240,9 @@ def _powers(decay: Tensor, n: int, wide: torch.dtype) -> _Powers:
     i = torch.arange(n, device=decay.device, dtype=wide)
     apart = i[:, None] - i  # (n, n)
     mask = (-s * apart).masked_fill(apart < 0, -math.inf).exp()
-    return _Powers(mask, torch.exp(-s * (i[:, None] + 1)), torch.exp(-s * (n - 1 - i[:, None])), torch.exp(-s * n))
+    return _Powers(
+        mask, torch.exp(-s * (i[:, None] + 1)), torch.exp(-s * (n - 1 - i[:, None])), torch.exp(-s * n)
+    )
 
 
 def _loop(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, state: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -282,8 +290,8 @@ def _backward_loop(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dk, dv, gradient of the initial state): from right to left, dstate carried.
 
-        dK = ((dO V^T) * M)^T Q + diag(lam^(n-1-j)) V dS^T,   dV = ((Q K^T) * M)^T dO + diag(lam^(n-1-j)) K dS
-        dS <- lam^n dS + (diag(lam^(i+1)) Q)^T dO
+    dK = ((dO V^T) * M)^T Q + diag(lam^(n-1-j)) V dS^T,   dV = ((Q K^T) * M)^T dO + diag(lam^(n-1-j)) K dS
+    dS <- lam^n dS + (diag(lam^(i+1)) Q)^T dO
     """
     wide, n = dstate.dtype, q.shape[2]
     if variant == "parallel":
@@ -327,12 +335,18 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, block: int, 
             f"lightning_attention: q, k, v must have one floating point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
     if variant not in VARIANTS:
-        raise ValueError(f"lightning_attention: variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+        raise ValueError(
+            f"lightning_attention: variant must be one of {', '.join(VARIANTS)}, got {variant!r}"
+        )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise ValueError(f"lightning_attention: block must be an int >= 1, got {block!r}")
     if decay is None:
         return torch.zeros(q.shape[1], device=q.device)
-    if decay.shape != q.shape[1:2] or decay.requires_grad or not bool((decay >= 0).all() & decay.isfinite().all()):
+    if (
+        decay.shape != q.shape[1:2]
+        or decay.requires_grad
+        or not bool((decay >= 0).all() & decay.isfinite().all())
+    ):
         raise ValueError(
             f"lightning_attention: decay must be ({q.shape[1]},), one per head, finite, >= 0 and without a gradient; "
             f"got {tuple(decay.shape)}, {decay.detach().flatten()[:8].tolist()}, requires_grad={decay.requires_grad}"

@@ -23,7 +23,9 @@ def srms(x):
 def formula(layer, x, decay):
     """The layer from its parameters, with the N x N map."""
     n, heads, d = x.shape[1], layer.heads, layer.head_dim
-    q, k, v = (F.silu(x @ p.weight.T).view(len(x), n, heads, d) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    q, k, v = (
+        F.silu(x @ p.weight.T).view(len(x), n, heads, d) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
     if layer.angles is not None:
         for t, h, i in itertools.product(range(n), range(heads), range(d // 2)):
             turn = torch.exp(1j * t * layer.angles[h, i].to(torch.complex128))
@@ -37,7 +39,9 @@ def formula(layer, x, decay):
     return srms(o) * torch.sigmoid(x @ first.weight.T @ second.weight.T) @ layer.o_proj.weight.T
 
 
-@pytest.mark.parametrize(("at", "of", "form"), [(0, 1, "slopes"), (0, 3, "text"), (2, 3, "slopes"), (0, 2, "none")])
+@pytest.mark.parametrize(
+    ("at", "of", "form"), [(0, 1, "slopes"), (0, 3, "text"), (2, 3, "slopes"), (0, 2, "none")]
+)
 def test_the_layer_is_the_formula(at, of, form):
     torch.manual_seed(0)
     layer = TNLAttention(24, 4, at, of, decay=form, gate_rank=5, block=4).double()
@@ -93,7 +97,10 @@ def test_the_model_is_the_formula():
             x = x + ((y @ glu.value.weight.T) * (y @ glu.up.weight.T)) @ glu.down.weight.T
         torch.testing.assert_close(model(ids), srms(x) @ model.head.weight.T, atol=1e-10, rtol=0)
     assert model.head.weight is not model.embed.weight
-    assert sum(p.numel() for p in model.parameters()) == 2 * 11 * 24 + 2 * (4 * 24**2 + 2 * 24 * 6 + 3 * 24 * 10) + 12
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 2 * 11 * 24 + 2 * (4 * 24**2 + 2 * 24 * 6 + 3 * 24 * 10) + 12
+    )
 
 
 def test_it_mixes_any_language_model_and_learns():

@@ -10,15 +10,27 @@ import torch
 from torch import nn
 
 from foveate.catalogue import pictures
-from foveate.catalogue.lab import HOLDS, OPEN, Figure, Finding, Lab, all_of, bars, difference, interval, judge, slope
-from foveate.catalogue.lab import chars
+from foveate.catalogue.lab import (
+    HOLDS,
+    OPEN,
+    Figure,
+    Finding,
+    Lab,
+    all_of,
+    bars,
+    chars,
+    difference,
+    interval,
+    judge,
+    slope,
+)
 from foveate.catalogue.lab.counting import multiply_adds
 from foveate.catalogue.lab.tasks import generator
 from foveate.catalogue.lab.tiny import train
 from foveate.layers import SelfAttention, SimpleGLU, TransNormerLLM
 from foveate.linear import alibi_decay, lightning_attention
 
-TOKENS, DIM, DEPTH, HEADS, STEPS, BATCH, RATE = 128, 64, 2, 4, 400, 16, 3e-3
+TOKENS, DIM, DEPTH, HEADS, STEPS, BATCH, RATE = 128, 64, 2, 4, 350, 8, 3e-3
 ARMS = ("TNL", "TNL without decay", "softmax")
 MARGIN, LEARNT = 1.05, 3.5
 COUNTS_IF = (
@@ -55,12 +67,17 @@ def trained(lab: Lab, name: str, seed: int) -> float:
 def counted(lab: Lab) -> list[Figure]:
     """Exponents of the multiply-adds of one head in the number of tokens: tile by tile, and as N x N products."""
     decay, found = alibi_decay(1), []
-    for name, sizes in (("tiles", lab.pick((1024, 4096, 16384), (256, 512, 1024))), ("N x N", (256, 512, 1024))):
+    for name, sizes in (
+        ("tiles", lab.pick((1024, 4096, 16384), (256, 512, 1024))),
+        ("N x N", (256, 512, 1024)),
+    ):
         work = []
         for n in sizes:
             q = k = v = torch.zeros(1, 1, n, 64)
             block = 64 if name == "tiles" else n
-            work.append(multiply_adds(lambda a=q, b=k, c=v, m=block: lightning_attention(a, b, c, decay, block=m)))
+            work.append(
+                multiply_adds(lambda a=q, b=k, c=v, m=block: lightning_attention(a, b, c, decay, block=m))
+            )
         found.append(slope(f"growth of multiply-adds, {name}", sizes, work))
     return found
 
@@ -88,11 +105,17 @@ def run(lab: Lab) -> Finding:
     mean = {name: interval(f"bits per byte: {name}", values) for name, values in bits.items()}
     sizes = {name: sum(p.numel() for p in model(name).parameters()) for name in ARMS}
     gain = difference("bits that the decay saves", bits["TNL without decay"], bits["TNL"])
-    room = difference(f"{MARGIN} times softmax's bits less TNL's", [MARGIN * b for b in bits["softmax"]], bits["TNL"])
+    room = difference(
+        f"{MARGIN} times softmax's bits less TNL's", [MARGIN * b for b in bits["softmax"]], bits["TNL"]
+    )
     tiles, square = counted(lab)
     short, long = decoding(lab)
     verdict = OPEN
-    if mean["softmax"].value < LEARNT and abs(sizes["softmax"] / sizes["TNL"] - 1) < 0.02 and square.value > 1.9:
+    if (
+        mean["softmax"].value < LEARNT
+        and abs(sizes["softmax"] / sizes["TNL"] - 1) < 0.02
+        and square.value > 1.9
+    ):
         costs = abs(tiles.value - 1) < 0.01 and short.value == long.value
         verdict = all_of(judge(gain, 0), judge(room, 0), HOLDS if costs else OPEN)
     return Finding(
