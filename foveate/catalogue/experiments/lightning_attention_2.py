@@ -31,8 +31,8 @@ HEADS, WIDTH, TILE = 2, 64, 64
 COUNTS_IF = (
     "counted on a forward and backward pass of two heads of 64, tiles of 64; bytes beyond q, k and v. All of, for both "
     "variants: multiply-adds and peak bytes grow with the tokens, 2,048 to 32,768, with exponents between 0.98 and "
-    "1.02, where the N x N form through autograd has exponents above 1.8; at 1,024 tokens the peak is below a fifth of what "
-    "the token-by-token recurrence through autograd holds; the forward pass needs fewer multiply-adds than causal "
+    "1.02, where the N x N form through autograd has exponents above 1.8; at 1,024 tokens the peak is below a fifth of "
+    "what the token-by-token recurrence through autograd holds; the forward pass needs fewer multiply-adds than causal "
     "softmax attention needs for its pairs from a length below 8,192 on; and gradients of q, k and v in float32, 1,000 "
     "tokens, three seeds, differ from the definition in float64 by less than 1e-5 of their norm, 95 % intervals"
 )
