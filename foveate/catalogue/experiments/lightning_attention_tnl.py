@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.catalogue import pictures
 from foveate.catalogue.lab import (
@@ -67,6 +68,10 @@ def trained(lab: Lab, name: str, seed: int) -> float:
 def counted(lab: Lab) -> list[Figure]:
     """Exponents of the multiply-adds of one head in the number of tokens: tile by tile, and as N x N products."""
     decay, found = alibi_decay(1), []
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+        "tiles": lambda q, k, v: lightning_attention(q, k, v, decay),
+        "N x N": lambda q, k, v: (q @ k.transpose(2, 3)).tril() @ v,
+    }
     for name, sizes in (
         ("tiles", lab.pick((1024, 4096, 16384), (256, 512, 1024))),
         ("N x N", (256, 512, 1024)),
@@ -74,10 +79,7 @@ def counted(lab: Lab) -> list[Figure]:
         work = []
         for n in sizes:
             q = k = v = torch.zeros(1, 1, n, 64)
-            block = 64 if name == "tiles" else n
-            work.append(
-                multiply_adds(lambda a=q, b=k, c=v, m=block: lightning_attention(a, b, c, decay, block=m))
-            )
+            work.append(multiply_adds(lambda name=name, q=q, k=k, v=v: ways[name](q, k, v)))
         found.append(slope(f"growth of multiply-adds, {name}", sizes, work))
     return found
 
