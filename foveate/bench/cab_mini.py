@@ -76,7 +76,7 @@ class MiniModel(nn.Module):
         self.place = nn.Parameter(0.5 * torch.randn(x.shape[1], dim)) if task.ordered else None
         self.memory = nn.Linear(memory.shape[2], dim) if memory is not None else None
         placed = memory is not None and task.ordered
-        self.there = nn.Parameter(0.5 * torch.randn(memory.shape[1], dim)) if placed else None
+        self.there = nn.Parameter(0.5 * torch.randn(memory.shape[1], dim)) if placed else None  # pyright: ignore
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 * depth + 2))
         self.q = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(depth))
         self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim, bias=False) for _ in range(depth))

@@ -101,7 +101,7 @@ def error(name: str, n: int, seed: int) -> float:
     for way, dtype in ((WAYS[name], torch.float32), (quadratic, torch.float64)):
         leaves = inputs(n, seed, dtype)
         up = torch.randn(1, HEADS, n, WIDTH, generator=generator(seed, 4)).to(dtype)
-        found.append(torch.autograd.grad(way(*leaves, alibi_decay(HEADS)), leaves, up))
+        found.append(torch.autograd.grad(way(*leaves, alibi_decay(HEADS)), leaves, up))  # pyright: ignore[reportCallIssue]
     return max(float((got - want).norm() / want.norm()) for got, want in zip(*found, strict=True))
 
 
@@ -137,7 +137,7 @@ def run(lab: Lab) -> Finding:
         HOLDS if linear and square else OPEN,
         *(HOLDS if shares[name, "recurrence"].value < 0.2 else OPEN for name in VARIANTS),
         *(HOLDS if f.value < 8192 else OPEN for f in even),
-        *(judge(Figure(f.name, -f.value, *(None if x is None else -x for x in (f.high, f.low))), -1e-5) for f in wrong),
+        *(judge(Figure(f.name, -f.value, *(None if x is None else -x for x in (f.high, f.low))), -1e-5) for f in wrong),  # pyright: ignore
     )  # fmt: skip
     return Finding(
         question="Do work and memory of a training step grow as the tokens, with exact gradients and nothing but "
