@@ -121,7 +121,7 @@ def linear_attention(
         out, s = _recurrent(q, k, value, log_decay, beta, s)
     else:
         out, s = _quadratic(q, k, value, log_decay, s)
-    out = out.reshape(b, h, n, -1)
+    out = out.reshape(b, h, n, out.shape[-1])
     if normalize:
         out = out[..., :-1] / (out[..., -1:] + eps)
     out = (out * scale if scale != 1.0 and not normalize else out).to(dtype)
