@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
+from foveate.layers.gaussian_adaptive import (
+    FrozenEncoderProbe,
+    GaussianAdaptiveAttention,
+    GaussianAdaptiveBlock,
+    importance_factor,
+)
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
@@ -24,9 +32,11 @@ from foveate.layers.seer_attention import (
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
+from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 from foveate.layers.trans_normer import SimpleGLU, TNLAttention, TNLState, TransNormerLLM
 
 __all__ = [
+    "AgentAttention2d",
     "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
@@ -35,12 +45,19 @@ __all__ = [
     "DeltaNet",
     "DeltaNetState",
     "DynamicMaskAttention",
+    "FrozenEncoderProbe",
     "GatedLinearAttention",
     "GatedMLP",
+    "GaussianAdaptiveAttention",
+    "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "NeuralMemory",
+    "NeuralMemoryState",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
@@ -50,6 +67,8 @@ __all__ = [
     "SimpleGLU",
     "TNLAttention",
     "TNLState",
+    "TitansBlock",
+    "TitansState",
     "TransNormerLLM",
     "TransformerLM",
     "boundary_loss",
@@ -58,6 +77,7 @@ __all__ = [
     "dma_bias",
     "gate_layout",
     "gate_loss",
+    "importance_factor",
     "load_gates",
     "pooled_attention_target",
     "routing_attention",

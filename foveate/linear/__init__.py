@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
+from foveate.linear.inline import (
+    CausalInLine,
+    InLineState,
+    inline_attention,
+    inline_weights,
+    local_mass,
+    query_confusion,
+)
 from foveate.linear.lightning import (
     LightningAttention,
     LightningFunction,
@@ -10,19 +18,30 @@ from foveate.linear.lightning import (
     lightning_attention,
     lightning_step,
 )
+from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 from foveate.linear.operators import LinearAttention
 from foveate.linear.scan import LinearState, linear_attention, recurrence
 
 __all__ = [
+    "CausalInLine",
+    "InLineState",
     "LightningAttention",
     "LightningFunction",
     "LinearAttention",
     "LinearState",
+    "MemoryState",
     "RandomFeatures",
     "alibi_decay",
     "elu_plus_one",
+    "inline_attention",
+    "inline_weights",
     "lightning_attention",
     "lightning_step",
     "linear_attention",
+    "local_mass",
+    "memorise",
+    "memory_read",
+    "query_confusion",
     "recurrence",
+    "surprise",
 ]
