@@ -11,6 +11,13 @@ from foveate.linear.inline import (
     local_mass,
     query_confusion,
 )
+from foveate.linear.lightning import (
+    LightningAttention,
+    LightningFunction,
+    alibi_decay,
+    lightning_attention,
+    lightning_step,
+)
 from foveate.linear.local_linear import global_ridge, local_linear_attention
 from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 from foveate.linear.operators import LinearAttention
@@ -19,14 +26,19 @@ from foveate.linear.scan import LinearState, linear_attention, recurrence
 __all__ = [
     "CausalInLine",
     "InLineState",
+    "LightningAttention",
+    "LightningFunction",
     "LinearAttention",
     "LinearState",
     "MemoryState",
     "RandomFeatures",
+    "alibi_decay",
     "elu_plus_one",
     "global_ridge",
     "inline_attention",
     "inline_weights",
+    "lightning_attention",
+    "lightning_step",
     "linear_attention",
     "local_linear_attention",
     "local_mass",
