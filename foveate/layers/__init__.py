@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from foveate.layers.based import (
+    BasedLinearAttention,
+    BasedLM,
+    ConvState,
+    GatedShortConv,
+    based_layout,
+    state_bytes,
+)
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
@@ -21,12 +29,16 @@ from foveate.layers.seer_attention import (
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 
 __all__ = [
+    "BasedLM",
+    "BasedLinearAttention",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
+    "ConvState",
     "DMACache",
     "DynamicMaskAttention",
     "GatedMLP",
+    "GatedShortConv",
     "HierarchicalSelfAttention",
     "KeptKeys",
     "KeyValueState",
@@ -36,6 +48,7 @@ __all__ = [
     "SeerAttention",
     "SelfAttention",
     "TransformerLM",
+    "based_layout",
     "boundary_loss",
     "boundary_targets",
     "dma_attention",
@@ -46,5 +59,6 @@ __all__ = [
     "pooled_attention_target",
     "routing_attention",
     "save_gates",
+    "state_bytes",
     "topw_prefix_selector",
 ]

@@ -2,4 +2,10 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.linear.taylor import TaylorFeatures, TaylorState, taylor_linear_attention
+
+__all__ = [
+    "TaylorFeatures",
+    "TaylorState",
+    "taylor_linear_attention",
+]
