@@ -43,7 +43,7 @@ class TaylorFeatures:
         x = x.to(torch.promote_types(x.dtype, torch.float32)) * f**-0.25
         if self.packed:
             i, j = torch.triu_indices(f, f, device=x.device)  # (f (f + 1) / 2,)
-            second = x[..., i] * x[..., j] * torch.where(i == j, 0.5**0.5, 1.0).to(x)
+            second = x[..., i] * x[..., j] * x.new_ones(len(i)).masked_fill(i == j, 0.5**0.5)
         else:
             second = (x.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2) * 0.5**0.5
         return torch.cat([torch.ones_like(x[..., :1]), x, second], -1)
