@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from foveate.layers.based import (
-    BasedLinearAttention,
-    BasedLM,
-    ConvState,
-    GatedShortConv,
-    based_layout,
-    state_bytes,
-)
+from foveate.layers.base_conv import BaseConv
+from foveate.layers.based import BasedLinearAttention, BasedLM, GatedShortConv, based_layout, state_bytes
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
@@ -27,26 +24,32 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "BaseConv",
     "BasedLM",
     "BasedLinearAttention",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
-    "ConvState",
     "DMACache",
+    "DeltaNet",
+    "DeltaNetState",
     "DynamicMaskAttention",
+    "GatedLinearAttention",
     "GatedMLP",
     "GatedShortConv",
     "HierarchicalSelfAttention",
     "KeptKeys",
+    "KernelAttention",
     "KeyValueState",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "ShortConv",
     "TransformerLM",
     "based_layout",
     "boundary_loss",

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from foveate.layers.language_model import TransformerLM
 from foveate.layers.self_attention import SelfAttention
-from foveate.linear import TaylorState, taylor_linear_attention
+from foveate.layers.short_conv import ShortConv
+from foveate.linear import LinearState, TaylorFeatures, taylor_linear_attention
 
 KINDS = ("linear", "window", "conv")
 
@@ -34,6 +32,7 @@ class BasedLinearAttention(nn.Module):
 
     Source: Simple linear attention language models balance the recall-throughput tradeoff (2024).
 
+    >>> import torch
     >>> layer = BasedLinearAttention(32, heads=2, feature_dim=4)
     >>> x = torch.randn(1, 20, 32)
     >>> out, state = layer(x[:, :19], state=layer.initial_state(x))
@@ -70,7 +69,7 @@ class BasedLinearAttention(nn.Module):
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, dim, bias=False)
 
-    def forward(self, x: Tensor, *, state: TaylorState | None = None) -> Tensor | tuple[Tensor, TaylorState]:
+    def forward(self, x: Tensor, *, state: LinearState | None = None) -> Tensor | tuple[Tensor, LinearState]:
         """out (B, N, dim); with the state of the tokens before, (out, state after these)."""
         q, k, v = self._heads(x)
         found = taylor_linear_attention(q, k, v, eps=self.eps, chunk=self.chunk, state=state)
@@ -78,10 +77,10 @@ class BasedLinearAttention(nn.Module):
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         return out if after is None else (out, after)
 
-    def initial_state(self, x: Tensor) -> TaylorState:
+    def initial_state(self, x: Tensor) -> LinearState:
         """The state before the first token, for inputs like x (B, N, dim)."""
         _, k, v = self._heads(x[:, :0])
-        return TaylorState.empty(k, v)
+        return LinearState.empty(TaylorFeatures()(k), v, normalize=True)
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         """q (B, H, N, f), k (B, Hkv, N, f), v (B, Hkv, N, E)."""
@@ -91,18 +90,6 @@ class BasedLinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, feature_dim={self.feature_dim}"
-
-
-@dataclass(frozen=True, eq=False)
-class ConvState:
-    """The last kernel - 1 inputs of a causal convolution, (B, kernel - 1, channels). Immutable."""
-
-    last: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the inputs."""
-        return self.last.nbytes
 
 
 class GatedShortConv(nn.Module):
@@ -117,14 +104,16 @@ class GatedShortConv(nn.Module):
         expand: width inside in units of dim.
         bias: of the two maps.
 
-    Shape: (B, N, dim) -> (B, N, dim).
+    Shape: (B, N, dim) -> (B, N, dim). State: the last kernel - 1 tokens of u_1, (B, kernel - 1, expand dim).
 
-    Source: Simple linear attention language models balance the recall-throughput tradeoff (2024); BaseConv there.
+    Source: Simple linear attention language models balance the recall-throughput tradeoff (2024), where it is called
+    BaseConv, as the one without these maps (`BaseConv`) is in the MQAR studies.
 
+    >>> import torch
     >>> layer = GatedShortConv(8)
     >>> x = torch.randn(1, 20, 8)
     >>> out, state = layer(x[:, :19], state=layer.initial_state(x))
-    >>> torch.allclose(layer(x)[:, 19:], layer(x[:, 19:], state=state)[0], atol=1e-6), state.last.shape
+    >>> torch.allclose(layer(x)[:, 19:], layer(x[:, 19:], state=state)[0], atol=1e-6), state.shape
     (True, torch.Size([1, 2, 16]))
     """
 
@@ -134,31 +123,20 @@ class GatedShortConv(nn.Module):
             raise ValueError(
                 f"GatedShortConv: kernel and expand must be >= 1, got kernel={kernel}, expand={expand}"
             )
-        self.kernel = kernel
         self.in_proj = nn.Linear(dim, 2 * expand * dim, bias=bias)
-        self.taps = nn.Parameter(torch.empty(kernel, expand * dim).uniform_(-1, 1) * kernel**-0.5)
+        self.conv = ShortConv(expand * dim, kernel, activation="silu")
         self.out_proj = nn.Linear(expand * dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, *, state: ConvState | None = None) -> Tensor | tuple[Tensor, ConvState]:
+    def forward(self, x: Tensor, *, state: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """out (B, N, dim); with the state of the tokens before, (out, state after these)."""
         u, gate = self.in_proj(x).chunk(2, -1)  # (B, N, expand dim)
-        if state is None:
-            u = F.pad(u, (0, 0, self.kernel - 1, 0))
-        else:
-            u = torch.cat([state.last, u], 1)
-        n = x.shape[1]
-        mixed = u[:, :n] * self.taps[0]
-        for i in range(1, self.kernel):  # a few shifted products are faster than a grouped convolution
-            mixed = mixed + u[:, i : i + n] * self.taps[i]
-        out = self.out_proj(F.silu(mixed) * gate)
-        return out if state is None else (out, ConvState(u[:, n:]))
+        mixed, after = self.conv(u, state=self.initial_state(x) if state is None else state)
+        out = self.out_proj(mixed * gate)
+        return out if state is None else (out, after)
 
-    def initial_state(self, x: Tensor) -> ConvState:
-        """The state before the first token, for inputs like x (B, N, dim)."""
-        return ConvState(x.new_zeros(x.shape[0], self.kernel - 1, self.taps.shape[1]))
-
-    def extra_repr(self) -> str:
-        return f"kernel={self.kernel}"
+    def initial_state(self, x: Tensor) -> Tensor:
+        """Zeros (B, kernel - 1, expand dim), for inputs like x (B, N, dim)."""
+        return x.new_zeros(x.shape[0], self.conv.kernel - 1, self.conv.weight.shape[0])
 
 
 def based_layout(depth: int) -> tuple[str, ...]:
@@ -199,6 +177,7 @@ class BasedLM(TransformerLM):
 
     Source: Simple linear attention language models balance the recall-throughput tradeoff (2024).
 
+    >>> import torch
     >>> model = BasedLM(100, 32, 3, heads=2, window=4, feature_dim=8)
     >>> ids = torch.randint(100, (1, 50))
     >>> logits, state = model.step(ids, model.initial_state(ids))
@@ -254,9 +233,9 @@ class BasedLM(TransformerLM):
 
 
 def state_bytes(state: tuple[int, list[object]]) -> int:
-    """Bytes that a model's state holds: the sum of `nbytes` over its layers.
+    """Bytes that a model's state holds: the sum of `nbytes` over its layers (tensors, or states that have it).
 
     Args:
-        state: of `TransformerLM.initial_state` or `TransformerLM.step`, every mixer's with `nbytes`.
+        state: of `TransformerLM.initial_state` or `TransformerLM.step`.
     """
     return sum(layer.nbytes for layer in state[1])  # pyright: ignore[reportAttributeAccessIssue]

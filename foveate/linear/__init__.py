@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from foveate.linear.taylor import TaylorFeatures, TaylorState, taylor_linear_attention
+from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
+from foveate.linear.operators import LinearAttention
+from foveate.linear.scan import LinearState, linear_attention, recurrence
+from foveate.linear.taylor import TaylorFeatures, taylor_linear_attention
 
 __all__ = [
+    "LinearAttention",
+    "LinearState",
+    "RandomFeatures",
     "TaylorFeatures",
-    "TaylorState",
+    "elu_plus_one",
+    "linear_attention",
+    "recurrence",
     "taylor_linear_attention",
 ]

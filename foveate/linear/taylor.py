@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foveate.linear.scan import LinearState
+
 SPAN = 8192  # tokens whose features are held at a time
 
 
@@ -49,33 +51,6 @@ class TaylorFeatures:
         return torch.cat([torch.ones_like(x[..., :1]), x, second], -1)
 
 
-@dataclass(frozen=True, eq=False)
-class TaylorState:
-    """What `taylor_linear_attention` keeps of the tokens before; its size does not depend on their number. Immutable.
-
-    Attributes:
-        kv: S = sum_j phi(k_j) v_j^T, (B, Hkv, P, E), in at least float32.
-        k: n = sum_j phi(k_j), (B, Hkv, P).
-        position: tokens seen.
-    """
-
-    kv: Tensor
-    k: Tensor
-    position: int
-
-    @staticmethod
-    def empty(k: Tensor, v: Tensor) -> TaylorState:
-        """Of no tokens, for k (B, Hkv, N, f) and v (B, Hkv, N, E)."""
-        width, wide = TaylorFeatures().width(k.shape[3]), torch.promote_types(v.dtype, torch.float32)
-        kv = torch.zeros(*k.shape[:2], width, v.shape[3], dtype=wide, device=v.device)
-        return TaylorState(kv, kv.new_zeros(kv.shape[:3]), 0)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both sums."""
-        return self.kv.nbytes + self.k.nbytes
-
-
 def taylor_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -83,9 +58,9 @@ def taylor_linear_attention(
     *,
     eps: float = 1e-12,
     chunk: int = 64,
-    state: TaylorState | None = None,
+    state: LinearState | None = None,
     return_state: bool = False,
-) -> Tensor | tuple[Tensor, TaylorState]:
+) -> Tensor | tuple[Tensor, LinearState]:
     """Causal attention with weights 1 + z + z^2 / 2 in place of exp(z), in time and memory linear in the tokens.
 
         o_t = sum_{j <= t} w_tj v_j / (sum_{j <= t} w_tj + eps),   w = 1 + z + z^2 / 2 >= 1/2,   z = q_t . k_j / sqrt(f)
@@ -129,13 +104,16 @@ def taylor_linear_attention(
         )
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"taylor_linear_attention: chunk must be an int >= 1, got {chunk!r}")
-    want = (*k.shape[:2], TaylorFeatures().width(k.shape[3]), v.shape[3])
-    if state is not None and state.kv.shape != want:
+    features = TaylorFeatures()
+    want = (*k.shape[:2], features.width(k.shape[3]), v.shape[3])
+    if state is not None and (state.kv.shape != want or state.k is None):
         raise ValueError(
-            f"taylor_linear_attention: state.kv must have shape {want}, got {tuple(state.kv.shape)}"
+            f"taylor_linear_attention: state must hold a normaliser, and state.kv have shape {want}, "
+            f"got {tuple(state.kv.shape)}" + ("" if state.k is not None else " without one")
         )
     kept, fresh = state is not None or return_state, state is None
-    state = TaylorState.empty(k, v) if state is None else state
+    state = LinearState.empty(features(k[:, :, :0]), v, normalize=True) if state is None else state
+    assert state.k is not None
     wide = state.kv.dtype
     total = torch.cat([state.kv, state.k.unsqueeze(-1)], 3)  # (B, Hkv, P, E + 1): S beside n
     parts = []
@@ -152,7 +130,7 @@ def taylor_linear_attention(
     out = torch.cat(parts, 2) if parts else v.new_zeros(*q.shape[:3], v.shape[3])
     if not kept:
         return out
-    return out, TaylorState(total[..., :-1], total[..., -1], state.position + q.shape[2])
+    return out, LinearState(total[..., :-1], total[..., -1], state.position + q.shape[2])
 
 
 def _span(

@@ -58,7 +58,7 @@ def test_the_convolution_is_a_grouped_one(kernel):
     layer = GatedShortConv(6, kernel=kernel, expand=3).double()
     x = normal(2, 17, 6).transpose(0, 1).contiguous().transpose(0, 1)
     u, gate = layer.in_proj(x).chunk(2, -1)
-    mixed = F.conv1d(F.pad(u.mT, (kernel - 1, 0)), layer.taps.mT[:, None], groups=18).mT
+    mixed = F.conv1d(F.pad(u.mT, (kernel - 1, 0)), layer.conv.weight[:, None], groups=18).mT
     torch.testing.assert_close(layer(x), layer.out_proj(F.silu(mixed) * gate), atol=1e-11, rtol=0)
 
 
@@ -117,7 +117,8 @@ def test_decoding_gives_the_logits_and_holds_the_bytes_it_says(layout):
         logits, state = model.step(ids[:, i : i + 1], state)
         parts.append(logits)
         held.append(state_bytes(state))
-        own = sum(t.nbytes for s in state[1] for t in vars(s).values() if isinstance(t, torch.Tensor))
+        tensors = [t for s in state[1] for t in ([s] if isinstance(s, torch.Tensor) else vars(s).values())]
+        own = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
         assert held[-1] == model.state_bytes(i + 1, batch=2) == own
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
     assert len(set(held[5:])) == 1  # full windows: nothing grows

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from foveate.linear import TaylorFeatures, TaylorState, taylor, taylor_linear_attention
+from foveate.linear import LinearState, TaylorFeatures, taylor, taylor_linear_attention
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -18,6 +18,10 @@ def normal(*shape, seed=0, dtype=torch.float64):
 def inputs(n, batch=2, heads=4, kv_heads=2, f=5, width=3, dtype=torch.float64):
     shapes = ((heads, n, f), (kv_heads, n, f), (kv_heads, n, width))
     return [normal(batch, *shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def empty(k, v):
+    return LinearState.empty(TaylorFeatures()(k), v, normalize=True)
 
 
 def oracle(q, k, v):
@@ -116,7 +120,7 @@ def test_gradients_are_finite_differences_also_of_the_state():
     first = normal(1, 2, TaylorFeatures().width(3), 3, seed=9).requires_grad_()
 
     def run(q, k, v, first):
-        state = TaylorState(first[..., :2], first[..., 2].abs() + 5, 4)
+        state = LinearState(first[..., :2], first[..., 2].abs() + 5, 4)
         out, after = taylor_linear_attention(q, k, v, chunk=4, state=state)
         return out, after.kv, after.k
 
@@ -128,7 +132,7 @@ def test_gradients_are_finite_differences_also_of_the_state():
 def test_pieces_give_what_the_whole_gives(cuts):
     q, k, v = inputs(37)
     whole, final = taylor_linear_attention(q, k, v, return_state=True)
-    state, parts = TaylorState.empty(k, v), []
+    state, parts = empty(k, v), []
     for a, b in itertools.pairwise(cuts):
         before = state.kv.clone()
         out, after = taylor_linear_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], chunk=8, state=state)
@@ -165,5 +169,7 @@ def test_errors_name_the_argument():
     for chunk in (0, 2.0, True):
         with pytest.raises(ValueError, match="chunk must be an int >= 1, got"):
             taylor_linear_attention(q, k, v, chunk=chunk)
-    with pytest.raises(ValueError, match=r"state.kv must have shape \(2, 2, 21, 3\), got \(2, 2, 15, 3\)"):
-        taylor_linear_attention(q, k, v, state=TaylorState.empty(k[..., 1:], v))
+    with pytest.raises(ValueError, match=r"state must hold a normaliser.*without one"):
+        taylor_linear_attention(q, k, v, state=LinearState.empty(TaylorFeatures()(k), v))
+    with pytest.raises(ValueError, match=r"state.kv have shape \(2, 2, 21, 3\), got \(2, 2, 15, 3\)"):
+        taylor_linear_attention(q, k, v, state=empty(k[..., 1:], v))
