@@ -51,8 +51,8 @@ def trained(lab: Lab, layout: tuple[str, ...], f: int, w: int, seed: int) -> dic
     else:
         model = BasedLM(TASK.vocab, DIM, 2, heads=1, layout=layout, window=w, feature_dim=f, mlp=1)
     name = f"{'+'.join(layout)} f={f} w={w}"
-    TASK.learn(lab, model, lab.pick(STEPS, 6), seed, f"{name}, seed {seed}", lr=6e-3)
-    (answered,), far, _ = TASK.answered(model, lab.pick(128, 16), 16)
+    TASK.learn(lab, model, lab.pick(STEPS, 2), seed, f"{name}, seed {seed}", lr=6e-3)
+    (answered,), far, _ = TASK.answered(model, lab.pick(128, 4), 16)
     with torch.no_grad():
         ids = torch.zeros(1, TOKENS, dtype=torch.int64)
         _, state = model.step(ids, model.initial_state(ids))
