@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from foveate.layers.attention_variants import (
+    AttentionVariant,
+    PoolState,
+    VariantLM,
+    attention_indicators,
+    build_layout,
+    per_order_taylor,
+    prefix_pooling,
+)
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.based import BasedLinearAttention, BasedLM, GatedShortConv, based_layout, state_bytes
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
@@ -27,6 +36,7 @@ from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "AttentionVariant",
     "BaseConv",
     "BasedLM",
     "BasedLinearAttention",
@@ -44,6 +54,7 @@ __all__ = [
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "PoolState",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
@@ -51,15 +62,20 @@ __all__ = [
     "SelfAttention",
     "ShortConv",
     "TransformerLM",
+    "VariantLM",
+    "attention_indicators",
     "based_layout",
     "boundary_loss",
     "boundary_targets",
+    "build_layout",
     "dma_attention",
     "dma_bias",
     "gate_layout",
     "gate_loss",
     "load_gates",
+    "per_order_taylor",
     "pooled_attention_target",
+    "prefix_pooling",
     "routing_attention",
     "save_gates",
     "state_bytes",
