@@ -369,7 +369,8 @@ class VariantLM(TransformerLM):
         x = emb = self.embed(ids)  # (B, N, dim)
         stream = self._stream(ids.shape[1])  # (1, N, dim) or None
         last = max((layer for layer, kind in enumerate(self.layout) if kind in FIXED), default=-1)
-        for layer, (kind, block) in enumerate(zip(self.layout, self.blocks, strict=True)):
+        blocks: list[Any] = list(self.blocks)
+        for layer, (kind, block) in enumerate(zip(self.layout, blocks, strict=True)):
             norm, mixer, mlp_norm, mlp = block.mixer_norm, block.mixer, block.mlp_norm, block.mlp
             given = {"emb": norm(emb) if kind == "static_emb_qk" else None,
                      "reference": norm(stream)[0] if kind in FIXED and stream is not None else None}  # fmt: skip
@@ -387,11 +388,11 @@ class VariantLM(TransformerLM):
     def _stream(self, n: int) -> Tensor | None:
         """The first n tokens of the reference, (1, n, dim); None where no layer reads one."""
         start = self.noise if self.noise is not None else self.sequence
-        if start is None:
+        if not isinstance(start, Tensor):
             return None
         if n > len(start):
             raise ValueError(f"VariantLM: {n} tokens, but a reference stream of tokens={len(start)}")
-        return (self.embed(start[:n]) if start.ndim == 1 else start[:n])[None]  # pyright: ignore
+        return (self.embed(start[:n]) if start.ndim == 1 else start[:n])[None]
 
 
 # -------------------------------------------------------------------------------------------------- the indicators

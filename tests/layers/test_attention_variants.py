@@ -267,7 +267,7 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"attn must be \(B, H, N, N\), got \(2, 9, 24\)"):
         attention_indicators(h)
     for variant, layout in (("x", "hybrid"), ("mlp", "x")):
-        with pytest.raises(ValueError, match="variant must be one of .* and layout of .*, got"):
+        with pytest.raises(ValueError, match=r"variant must be one of .* and layout of .*, got"):
             build_layout(4, variant, layout)
     with pytest.raises(ValueError, match="13 tokens, but a reference stream of tokens=12"):
         VariantLM(30, 16, 2, heads=2, variant="rnd_emb_qk", tokens=12)(torch.zeros(1, 13, dtype=torch.int64))
