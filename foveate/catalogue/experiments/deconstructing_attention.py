@@ -110,7 +110,8 @@ def run(lab: Lab) -> Finding:
         summary=f"Bits per byte: standard {mean['standard'].value:.3g}, MLPs everywhere "
         f"{mean['mlp everywhere'].value:.3g}, a table of pairs {pairs.value:.3g}; of the hybrids the worst "
         f"({worst[5:]}) {mean[worst].value:.3g}, and at least {min(f.value for f in skip.values()):.3g} with its "
-        f"variant layers left out. Signs seen in {len(shown)} seeds: (a) {signs['a']}, (b) {signs['b']}, (c) {signs['c']}.",
+        f"variant layers left out. Signs seen in {len(shown)} seeds: "
+        + ", ".join(f"({name}) {count}" for name, count in signs.items()),
         figures=(*mean.values(), pairs, *more.values(), *skip.values(),
                  *(Figure(f"seeds that show sign ({name})", count) for name, count in signs.items())),
         plot=bars(
