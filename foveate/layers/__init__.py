@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.attention_variants import (
     AttentionVariant,
     PoolState,
@@ -18,6 +19,7 @@ from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
@@ -36,6 +38,7 @@ from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "AgentAttention2d",
     "AttentionVariant",
     "BaseConv",
     "BasedLM",
@@ -51,10 +54,12 @@ __all__ = [
     "GatedMLP",
     "GatedShortConv",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
     "PoolState",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
