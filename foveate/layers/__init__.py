@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from foveate.layers.agent import AgentAttention2d
+from foveate.layers.attention_variants import (
+    AttentionVariant,
+    PoolState,
+    VariantLM,
+    attention_indicators,
+    build_layout,
+    per_order_taylor,
+    prefix_pooling,
+)
 from foveate.layers.base_conv import BaseConv
+from foveate.layers.based import BasedLinearAttention, BasedLM, GatedShortConv, based_layout, state_bytes
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
@@ -38,7 +48,10 @@ from foveate.layers.trans_normer import SimpleGLU, TNLAttention, TNLState, Trans
 
 __all__ = [
     "AgentAttention2d",
+    "AttentionVariant",
     "BaseConv",
+    "BasedLM",
+    "BasedLinearAttention",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
@@ -49,6 +62,7 @@ __all__ = [
     "FrozenEncoderProbe",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedShortConv",
     "GaussianAdaptiveAttention",
     "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
@@ -59,6 +73,7 @@ __all__ = [
     "LocalLinearAttention",
     "NeuralMemory",
     "NeuralMemoryState",
+    "PoolState",
     "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
@@ -73,16 +88,23 @@ __all__ = [
     "TitansState",
     "TransNormerLLM",
     "TransformerLM",
+    "VariantLM",
+    "attention_indicators",
+    "based_layout",
     "boundary_loss",
     "boundary_targets",
+    "build_layout",
     "dma_attention",
     "dma_bias",
     "gate_layout",
     "gate_loss",
     "importance_factor",
     "load_gates",
+    "per_order_taylor",
     "pooled_attention_target",
+    "prefix_pooling",
     "routing_attention",
     "save_gates",
+    "state_bytes",
     "topw_prefix_selector",
 ]

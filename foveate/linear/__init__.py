@@ -22,6 +22,7 @@ from foveate.linear.local_linear import global_ridge, local_linear_attention
 from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 from foveate.linear.operators import LinearAttention
 from foveate.linear.scan import LinearState, linear_attention, recurrence
+from foveate.linear.taylor import TaylorFeatures, taylor_linear_attention
 
 __all__ = [
     "CausalInLine",
@@ -32,6 +33,7 @@ __all__ = [
     "LinearState",
     "MemoryState",
     "RandomFeatures",
+    "TaylorFeatures",
     "alibi_decay",
     "elu_plus_one",
     "global_ridge",
@@ -47,4 +49,5 @@ __all__ = [
     "query_confusion",
     "recurrence",
     "surprise",
+    "taylor_linear_attention",
 ]
