@@ -31,6 +31,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -81,9 +82,9 @@ class Clock:
         self.end, self.last = time.monotonic() + seconds, time.monotonic()
         self.longest = 0.0
 
-    def piece(self) -> None:
+    def piece(self, waiting: bool = False) -> None:
         now = time.monotonic()
-        self.longest, self.last = max(self.longest, now - self.last), now
+        self.longest, self.last = max(self.longest, 0 if waiting else now - self.last), now
         if now + 1.3 * self.longest > self.end:
             raise OutOfTime
 
@@ -109,49 +110,97 @@ def objective(model: Any, ids: np.ndarray, roles: np.ndarray) -> Tensor:
 
 
 def tune(arm: str, work: Path, clock: Clock, length: int, samples: int, steps: int) -> dict[str, Tensor]:
-    """Weights after tuning; goes on from the last whole step."""
+    """Weights after tuning. Gradients of single sequences are kept until a step has all of its own, so a run that was
+    stopped goes on where it was, and several processes with one --work share the sequences."""
     model, stack = reader(arm)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    path = work / f"{arm}.pt"
-    step, losses = 0, []
-    if path.exists():
-        held = torch.load(path, weights_only=True)
-        model.load_state_dict(held["model"])
-        optimizer.load_state_dict(held["optimizer"])
-        step, losses = held["step"], held["losses"]
-    text = data.stdlib_text()
-    each = samples // steps
+    named = list(model.named_parameters())
+    text, each, state = data.stdlib_text(), samples // steps, {"step": 0, "losses": []}
     with stack:
         model.train()
-        while step < steps:
-            clock.piece()
-            start = time.monotonic()
-            rate = LR * min(1.0, (step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-            total = 0.0
-            for i in range(step * each, (step + 1) * each):
-                rng = np.random.default_rng([SEED, 7, i])
-                loss = objective(model, *data.retrieval_sequence(length + 1, rng, text)) / each
+        while True:
+            step = last_step(work, arm)
+            if step != state["step"]:
+                try:
+                    state = torch.load(work / f"{arm}-step-{step}.pt", weights_only=True)
+                except FileNotFoundError:  # another process has just taken a step
+                    continue
+                model.load_state_dict(state["model"])
+            if step == steps:
+                return model.state_dict()
+            parts = [work / f"{arm}-gradient-{i}.pt" for i in range(step * each, (step + 1) * each)]
+            for i, part in enumerate(parts, step * each):
+                if part.exists():
+                    continue
+                clock.piece()
+                if not claimed(part):
+                    continue
+                if last_step(work, arm) != step or part.exists():  # another process has just taken the step
+                    part.with_suffix(".claim").unlink()
+                    break
+                model.zero_grad(set_to_none=True)
+                rows = data.retrieval_sequence(length + 1, np.random.default_rng([SEED, 7, i]), text)
+                loss = objective(model, *rows)
                 loss.backward()
-                total += float(loss.detach())
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            step += 1
-            losses.append(total)
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-                "losses": losses,
-            }
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-            print(
-                f"{arm}: step {step}/{steps} loss {total:.4f} ({time.monotonic() - start:.0f} s)", flush=True
-            )
-    return model.state_dict()
+                save({"loss": float(loss.detach()), **{name: p.grad for name, p in named}}, part)
+                print(f"{arm}: sequence {i} loss {float(loss.detach()):.4f}", flush=True)
+            whole = work / f"{arm}-step-{step + 1}.pt"
+            if all(part.exists() for part in parts) and claimed(whole):
+                if not whole.exists():
+                    advance(named, model, state, parts, steps, whole)
+                whole.with_suffix(".claim").unlink()
+            else:
+                clock.piece(waiting=True)
+                time.sleep(1)
+
+
+def last_step(work: Path, arm: str) -> int:
+    return max([int(p.stem.rpartition("-")[2]) for p in work.glob(f"{arm}-step-*.pt")], default=0)
+
+
+def advance(named: list, model: Any, state: dict, parts: list[Path], steps: int, path: Path) -> None:
+    """One optimiser step from the gradients of its sequences."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    step = state["step"]
+    for group in optimizer.param_groups:
+        group["lr"] = LR * min(1.0, (step + 1) / WARMUP, (steps - step) / (steps - WARMUP))
+    held = [torch.load(part, weights_only=True) for part in parts]
+    for name, p in named:
+        p.grad = torch.stack([h[name] for h in held]).mean(0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    losses = [*state["losses"], statistics.fmean(h["loss"] for h in held)]
+    save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "losses": losses}, path)
+    for part in parts:
+        part.unlink()
+        part.with_suffix(".claim").unlink(missing_ok=True)
+    path.with_name(path.name.replace(f"-{step + 1}.", f"-{step}.")).unlink(missing_ok=True)
+    print(f"{path.stem} of {steps}: loss {losses[-1]:.4f}", flush=True)
+
+
+def claimed(path: Path) -> bool:
+    """Whether this process may make `path`: no other process that is alive has claimed it."""
+    claim = path.with_suffix(".claim")
+    try:
+        with claim.open("x") as file:
+            file.write(str(os.getpid()))
+        return True
+    except FileExistsError:
+        try:
+            owner = int(claim.read_text() or 0)
+        except (FileNotFoundError, ValueError):
+            return False
+        if owner and owner != os.getpid() and Path("/proc").exists() and not Path(f"/proc/{owner}").exists():
+            claim.unlink(missing_ok=True)
+            return claimed(path)
+        return owner == os.getpid()
+
+
+def save(state: dict, path: Path) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
 
 
 # -------------------------------------------------------------------------------------------------- measuring

@@ -30,6 +30,7 @@ from foveate.hf.seer_attention import distill_gates, make_gates, rotary_of
 
 __all__ = [
     "ABF",
+    "NTK",
     "Cache",
     "Check",
     "CheckError",
@@ -42,7 +43,6 @@ __all__ = [
     "Held",
     "LayerHeld",
     "LayerReport",
-    "NTK",
     "PositionInterpolation",
     "Report",
     "YaRN",
