@@ -171,7 +171,15 @@ def advance(named: list, model: Any, state: dict, parts: list[Path], steps: int,
     torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     losses = [*state["losses"], statistics.fmean(h["loss"] for h in held)]
-    save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "losses": losses}, path)
+    save(
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step + 1,
+            "losses": losses,
+        },
+        path,
+    )
     for part in parts:
         part.unlink()
         part.with_suffix(".claim").unlink(missing_ok=True)
@@ -313,8 +321,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                          if (r["stage"], r["length"], r["measure"]) == (stage, length, measure)}  # fmt: skip
                 at = [arms.index(a) + 0.4 * offset - 0.2 for a in found]
                 value = [r["value"] for r in found.values()]
-                error = [[max(0.0, r["value"] - (r["low"] if r["low"] is not None else r["value"])) for r in found.values()],
-                         [max(0.0, (r["high"] if r["high"] is not None else r["value"]) - r["value"]) for r in found.values()]]  # fmt: skip
+                ends = [
+                    [r["value"] if r[end] is None else r[end] for r in found.values()]
+                    for end in ("low", "high")
+                ]
+                error = [[abs(v - e) for v, e in zip(value, end, strict=True)] for end in ends]
                 label = {"before": "as it is", "after": "100 samples"}[stage]
                 ax.bar(at, value, 0.38, color=colour, label=label, yerr=error, ecolor="0.3")
             ax.set_xticks(range(len(arms)), arms)
