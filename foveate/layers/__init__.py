@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
@@ -19,22 +23,29 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
+    "DeltaNet",
+    "DeltaNetState",
     "DynamicMaskAttention",
+    "GatedLinearAttention",
     "GatedMLP",
     "HierarchicalSelfAttention",
     "KeptKeys",
+    "KernelAttention",
     "KeyValueState",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "ShortConv",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
