@@ -9,6 +9,7 @@ except ImportError as error:
 
 from foveate.hf.apply import Handle, apply
 from foveate.hf.cache import Cache, Held, LayerHeld
+from foveate.hf.complex_heads import ComplexHeads, convert_rope_model
 from foveate.hf.context_extension import (
     ABF,
     NTK,
@@ -34,6 +35,7 @@ __all__ = [
     "Cache",
     "Check",
     "CheckError",
+    "ComplexHeads",
     "ContextExtension",
     "ContextHandle",
     "EntropyABF",
@@ -48,6 +50,7 @@ __all__ = [
     "YaRN",
     "apply",
     "apply_context_extension",
+    "convert_rope_model",
     "distill_gates",
     "entropy_by_length",
     "log_length_scale",

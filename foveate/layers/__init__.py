@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.complex_attention import (
+    ComplexAttention,
+    complex_rotate,
+    complex_turn,
+    near_branch_cut,
+)
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
@@ -30,6 +36,7 @@ __all__ = [
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
+    "ComplexAttention",
     "DMACache",
     "DeltaNet",
     "DeltaNetState",
@@ -49,11 +56,14 @@ __all__ = [
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
+    "complex_rotate",
+    "complex_turn",
     "dma_attention",
     "dma_bias",
     "gate_layout",
     "gate_loss",
     "load_gates",
+    "near_branch_cut",
     "pooled_attention_target",
     "routing_attention",
     "save_gates",
