@@ -33,8 +33,8 @@ def convert_rope_model(model: PreTrainedModel) -> list[ComplexHeads]:
     """Give every attention module of a rotary model complex-vector heads that change nothing at first.
 
     Queries and keys are turned behind their projections (or norms), before the model's own rotation of halves, with
-    which the turn commutes. The angles become parameters of the model (`self_attn.complex_heads`): they are trained with
-    it, or alone with the returned modules' parameters, and are in its state_dict.
+    which the turn commutes. The angles become parameters of the model (`self_attn.complex_heads`): they are in its
+    state_dict, and are trained with it, or alone by the parameters of the returned modules.
 
     Raises:
         TypeError: not a transformers model. ValueError: no attention modules with `q_proj`, `k_proj` and `head_dim`, or

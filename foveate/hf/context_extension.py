@@ -243,7 +243,7 @@ def apply_context_extension(
         raise ValueError(
             f"{name}: accepted are plain rotary positions (rope type 'default', one base), got {rope!r}"
         )
-    rotaries = [m for path, m in model.named_modules() if path.split(".")[-1] == "rotary_emb"]
+    rotaries: list[Any] = [m for path, m in model.named_modules() if path.split(".")[-1] == "rotary_emb"]
     if len(rotaries) != 1 or not isinstance(getattr(rotaries[0], "inv_freq", None), Tensor):
         raise ValueError(f"{name} has {len(rotaries)} rotary_emb modules with inv_freq; accepted: one")
     c = config.max_position_embeddings if train_length is None else train_length
@@ -252,9 +252,9 @@ def apply_context_extension(
     base, width = float(rope["rope_theta"]), 2 * old.numel()
     theta, magnitude = method.rates(base, width, c)
     slower = (theta / rotary_rates(base, width)).to(old.device)  # as a ratio: where it is 1, no bit changes
-    scaled: list[tuple[nn.Module, nn.Module]] = []
+    scaled: list[tuple[Any, Any]] = []
     if method.skip_layers is not None:
-        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+        found: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
         if not found:
             raise ValueError(
                 f"{name} has no attention modules with layer_idx and q_proj to put the query factor behind"

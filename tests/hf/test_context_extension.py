@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from foveate.hf import (
 )
 
 METHODS = [PositionInterpolation(4.0), NTK(4.0), YaRN(4.0), ABF(), EntropyABF()]
-SIZES = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": 31, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8,
+}  # fmt: skip
 
 
 def llama(dtype: torch.dtype = torch.float64, **more) -> LlamaForCausalLM:
