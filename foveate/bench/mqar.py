@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,16 +105,14 @@ def _distinct(count: int, n: int, low: int, high: int, g: torch.Generator) -> Te
 
 
 def published_model(
-    task: MQAR, dim: int, mixer: Callable[[int], nn.Module], *, positions: bool = False, depth: int = 2
+    vocab: int, dim: int, mixer: Callable[[int], nn.Module], *, positions: int = 0, depth: int = 2
 ) -> TransformerLM:
     """The model of the published figures: no MLP, layer norm, tied head, normal weights of std 0.02.
 
     Linear maps that write to the residual (`o_proj`) start 1 / sqrt(2 depth) as large; embeddings are dropped out by
     0.1 while training (`learn`).
     """
-    model = TransformerLM(
-        task.vocab, dim, depth, mixer, mlp=0, norm="layer", positions=task.length if positions else 0
-    )
+    model = TransformerLM(vocab, dim, depth, mixer, mlp=0, norm="layer", positions=positions)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             std = 0.02 / math.sqrt(2 * depth) if name.endswith("o_proj") else 0.02
@@ -124,12 +122,30 @@ def published_model(
     return model
 
 
+Segments = Sequence[tuple[MQAR, int]]  # configurations and how many rows of each
+FIGURE_MIX: Segments = (
+    (MQAR(64, 4, fill="random"), 100_000),
+    (MQAR(128, 8, fill="random"), 20_000),
+    (MQAR(256, 16, fill="random"), 20_000),
+    (MQAR(256, 32, fill="random"), 20_000),
+    (MQAR(256, 64, fill="random"), 20_000),
+)
+"""What the models of the recall-memory figure learn from."""
+FIGURE_TESTS: Segments = tuple(
+    (MQAR(length, pairs, fill="random"), 1_000)
+    for length, pairs in ((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256))
+)
+"""What they are tested on; the figure shows the mean over the seven."""
+
+
 @torch.no_grad()
 def accuracy(model: TransformerLM, rows: tuple[Tensor, Tensor], *, batch: int = 250) -> float:
     """Share of queries whose value is the largest logit."""
     model.eval()
     hits = asked = 0
+    device = model.embed.weight.device
     for ids, targets in zip(rows[0].split(batch), rows[1].split(batch), strict=True):
+        ids, targets = ids.to(device), targets.to(device)
         wanted = targets != IGNORE
         logits = model.hidden(ids)[wanted] @ model.embed.weight.T
         hits += int((logits.argmax(-1) == targets[wanted]).sum())
@@ -139,41 +155,52 @@ def accuracy(model: TransformerLM, rows: tuple[Tensor, Tensor], *, batch: int = 
 
 def learn(
     model: TransformerLM,
-    task: MQAR,
+    train: Segments,
+    tests: Segments,
     *,
     lr: float,
     seed: int = 123,
-    examples: int = 100_000,
-    tests: int = 3_000,
     batch: int = 512,
     epochs: int = 64,
     stop: float = 0.99,
+    most: int | None = None,
     keep: Path | None = None,
-    told: Callable[[int, float, float], None] = lambda epoch, loss, acc: None,
-) -> list[float]:
-    """Accuracy after every epoch of AdamW (decay 0.1, a cosine per epoch over `epochs`), until one is above `stop`.
+    told: Callable[[int, float, list[float]], None] = lambda epoch, loss, found: None,
+) -> list[list[float]]:
+    """Accuracy on each test after every epoch of AdamW (decay 0.1, a cosine per epoch over `epochs`).
+
+    It ends early once the mean accuracy is above `stop`. The model stays on its device.
 
     Args:
+        train, tests: configurations with numbers of rows; a batch is of one configuration.
+        epochs: of the cosine; most: end after this many of them, None: all.
         keep: a directory for checkpoints, one per epoch, from which an interrupted run goes on.
-        told: called with epoch, mean loss and accuracy.
+        told: called with epoch, mean loss and accuracies.
     """
-    train_rows = task.rows(examples, torch.Generator().manual_seed(seed))
-    test_rows = task.rows(tests, torch.Generator().manual_seed(seed + 1_000_003))
+    made = [
+        task.rows(count, torch.Generator().manual_seed(seed + i)) for i, (task, count) in enumerate(train)
+    ]
+    asked = [
+        task.rows(count, torch.Generator().manual_seed(seed + 1_000_003 + i))
+        for i, (task, count) in enumerate(tests)
+    ]
+    device = model.embed.weight.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.1)
     drop = nn.Dropout(0.1)
     hook = model.embed.register_forward_hook(lambda m, a, out: drop(out) if model.training else None)
     found = _resumed(model, optimizer, keep)
-    for epoch in range(len(found), epochs):
-        if found and found[-1] > stop:
+    for epoch in range(len(found), min(epochs, most or epochs)):
+        if found and sum(found[-1]) / len(found[-1]) > stop:
             break
         torch.manual_seed(seed * 1000 + epoch)
         for group in optimizer.param_groups:
             group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
         model.train()
         total = 0.0
-        order = torch.randperm(examples)
-        for at in order.split(batch):
-            ids, targets = train_rows[0][at], train_rows[1][at]
+        batches = [(i, at) for i, (ids, _) in enumerate(made) for at in torch.randperm(len(ids)).split(batch)]
+        for place in torch.randperm(len(batches)).tolist():
+            i, at = batches[place]
+            ids, targets = (t[at].to(device) for t in made[i])
             wanted = targets != IGNORE
             logits = model.hidden(ids)[wanted] @ model.embed.weight.T  # only where something is asked
             loss = nn.functional.cross_entropy(logits, targets[wanted])
@@ -181,14 +208,16 @@ def learn(
             loss.backward()
             optimizer.step()
             total += float(loss.detach()) * len(at)
-        found.append(accuracy(model, test_rows))
+        found.append([accuracy(model, rows) for rows in asked])
         _kept(model, optimizer, keep, found)
-        told(epoch, total / examples, found[-1])
+        told(epoch, total / sum(len(ids) for ids, _ in made), found[-1])
     hook.remove()
     return found
 
 
-def _kept(model: nn.Module, optimizer: torch.optim.Optimizer, keep: Path | None, found: list[float]) -> None:
+def _kept(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: Path | None, found: list[list[float]]
+) -> None:
     """Weights, moments and accuracies so far, written aside and then renamed."""
     if keep is None:
         return
@@ -201,7 +230,7 @@ def _kept(model: nn.Module, optimizer: torch.optim.Optimizer, keep: Path | None,
     os.replace(new, keep / "checkpoint.safetensors")
 
 
-def _resumed(model: nn.Module, optimizer: torch.optim.Optimizer, keep: Path | None) -> list[float]:
+def _resumed(model: nn.Module, optimizer: torch.optim.Optimizer, keep: Path | None) -> list[list[float]]:
     path = None if keep is None else keep / "checkpoint.safetensors"
     if path is None or not path.exists():
         return []
