@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.complex_attention import (
@@ -14,6 +15,7 @@ from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.norms import RMSNorm
@@ -32,6 +34,7 @@ from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "AgentAttention2d",
     "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
@@ -44,9 +47,11 @@ __all__ = [
     "GatedLinearAttention",
     "GatedMLP",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
