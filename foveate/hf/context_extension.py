@@ -243,28 +243,30 @@ def apply_context_extension(
         raise ValueError(
             f"{name}: accepted are plain rotary positions (rope type 'default', one base), got {rope!r}"
         )
-    rotaries: list[Any] = [m for path, m in model.named_modules() if path.split(".")[-1] == "rotary_emb"]
+    rotaries = [m for path, m in model.named_modules() if path.split(".")[-1] == "rotary_emb"]
     if len(rotaries) != 1 or not isinstance(getattr(rotaries[0], "inv_freq", None), Tensor):
         raise ValueError(f"{name} has {len(rotaries)} rotary_emb modules with inv_freq; accepted: one")
     c = config.max_position_embeddings if train_length is None else train_length
     c = _whole("apply_context_extension", "train_length", c, 2)
     rotary, old = rotaries[0], rotaries[0].inv_freq
-    base, width = float(rope["rope_theta"]), 2 * old.numel()
+    base, width = float(rope["rope_theta"]), 2 * old.numel()  # pyright: ignore
     theta, magnitude = method.rates(base, width, c)
-    slower = (theta / rotary_rates(base, width)).to(old.device)  # as a ratio: where it is 1, no bit changes
-    scaled: list[tuple[Any, Any]] = []
+    slower = (theta / rotary_rates(base, width)).to(old.device)  # pyright: ignore  # a ratio: where it is 1, no bit changes
+    scaled: list[tuple[nn.Module, nn.Module]] = []
     if method.skip_layers is not None:
-        found: list[Any] = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
         if not found:
             raise ValueError(
                 f"{name} has no attention modules with layer_idx and q_proj to put the query factor behind"
             )
         scaled = [
-            (m, getattr(m, "q_norm", None) or m.q_proj) for m in found if m.layer_idx >= method.skip_layers
+            (m, getattr(m, "q_norm", None) or m.q_proj)  # pyright: ignore
+            for m in found
+            if m.layer_idx >= method.skip_layers  # pyright: ignore
         ]
     handle = ContextHandle(model, method, rotary)
-    rotary.inv_freq = (old.double() * slower).to(old)
-    rotary.attention_scaling = rotary.attention_scaling * magnitude
+    rotary.inv_freq = (old.double() * slower).to(old)  # pyright: ignore
+    rotary.attention_scaling = rotary.attention_scaling * magnitude  # pyright: ignore
     for module, projection in scaled:
         handle.hooks.extend(_scale_queries(module, projection, c))
     _EXTENDED[model] = method
