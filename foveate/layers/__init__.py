@@ -14,10 +14,17 @@ from foveate.layers.complex_attention import (
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
+from foveate.layers.gaussian_adaptive import (
+    FrozenEncoderProbe,
+    GaussianAdaptiveAttention,
+    GaussianAdaptiveBlock,
+    importance_factor,
+)
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.local_linear import LocalLinearAttention
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
@@ -32,6 +39,7 @@ from foveate.layers.seer_attention import (
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
+from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 
 __all__ = [
     "AgentAttention2d",
@@ -44,13 +52,19 @@ __all__ = [
     "DeltaNet",
     "DeltaNetState",
     "DynamicMaskAttention",
+    "FrozenEncoderProbe",
     "GatedLinearAttention",
     "GatedMLP",
+    "GaussianAdaptiveAttention",
+    "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
     "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "LocalLinearAttention",
+    "NeuralMemory",
+    "NeuralMemoryState",
     "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
@@ -58,6 +72,8 @@ __all__ = [
     "SeerAttention",
     "SelfAttention",
     "ShortConv",
+    "TitansBlock",
+    "TitansState",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
@@ -67,6 +83,7 @@ __all__ = [
     "dma_bias",
     "gate_layout",
     "gate_loss",
+    "importance_factor",
     "load_gates",
     "near_branch_cut",
     "pooled_attention_target",
