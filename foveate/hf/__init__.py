@@ -9,23 +9,54 @@ except ImportError as error:
 
 from foveate.hf.apply import Handle, apply
 from foveate.hf.cache import Cache, Held, LayerHeld
+from foveate.hf.complex_heads import ComplexHeads, convert_rope_model
+from foveate.hf.context_extension import (
+    ABF,
+    NTK,
+    ContextExtension,
+    ContextHandle,
+    EntropyABF,
+    EntropyByLength,
+    PositionInterpolation,
+    YaRN,
+    apply_context_extension,
+    entropy_by_length,
+    log_length_scale,
+    rotary_rates,
+    row_entropy,
+)
 from foveate.hf.head_gates import HeadGates, train_head_gates
 from foveate.hf.report import Check, CheckError, LayerReport, Report
 from foveate.hf.seer_attention import distill_gates, make_gates, rotary_of
 
 __all__ = [
+    "ABF",
+    "NTK",
     "Cache",
     "Check",
     "CheckError",
+    "ComplexHeads",
+    "ContextExtension",
+    "ContextHandle",
+    "EntropyABF",
+    "EntropyByLength",
     "Handle",
     "HeadGates",
     "Held",
     "LayerHeld",
     "LayerReport",
+    "PositionInterpolation",
     "Report",
+    "YaRN",
     "apply",
+    "apply_context_extension",
+    "convert_rope_model",
     "distill_gates",
+    "entropy_by_length",
+    "log_length_scale",
     "make_gates",
     "rotary_of",
+    "rotary_rates",
+    "row_entropy",
     "train_head_gates",
 ]

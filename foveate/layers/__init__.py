@@ -15,6 +15,7 @@ from foveate.layers.attention_variants import (
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.based import BasedLinearAttention, BasedLM, GatedShortConv, based_layout, state_bytes
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.complex_attention import ComplexAttention, complex_rotate, complex_turn, near_branch_cut
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
@@ -55,6 +56,7 @@ __all__ = [
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
+    "ComplexAttention",
     "DMACache",
     "DeltaNet",
     "DeltaNetState",
@@ -94,12 +96,15 @@ __all__ = [
     "boundary_loss",
     "boundary_targets",
     "build_layout",
+    "complex_rotate",
+    "complex_turn",
     "dma_attention",
     "dma_bias",
     "gate_layout",
     "gate_loss",
     "importance_factor",
     "load_gates",
+    "near_branch_cut",
     "per_order_taylor",
     "pooled_attention_target",
     "prefix_pooling",
