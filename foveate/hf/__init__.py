@@ -10,6 +10,7 @@ except ImportError as error:
 from foveate.hf.apply import Handle, apply
 from foveate.hf.cache import Cache, Held, LayerHeld
 from foveate.hf.head_gates import HeadGates, train_head_gates
+from foveate.hf.mixture_of_heads import HeadMixture, apply_mixture_of_heads
 from foveate.hf.report import Check, CheckError, LayerReport, Report
 from foveate.hf.seer_attention import distill_gates, make_gates, rotary_of
 
@@ -19,11 +20,13 @@ __all__ = [
     "CheckError",
     "Handle",
     "HeadGates",
+    "HeadMixture",
     "Held",
     "LayerHeld",
     "LayerReport",
     "Report",
     "apply",
+    "apply_mixture_of_heads",
     "distill_gates",
     "make_gates",
     "rotary_of",

@@ -6,6 +6,13 @@ from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_t
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.mixture_of_heads import (
+    MixtureOfHeads,
+    chosen_attention,
+    moh_total_aux,
+    route_heads,
+    route_heads_by_query_norm,
+)
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
@@ -30,6 +37,7 @@ __all__ = [
     "HierarchicalSelfAttention",
     "KeptKeys",
     "KeyValueState",
+    "MixtureOfHeads",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
@@ -38,12 +46,16 @@ __all__ = [
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
+    "chosen_attention",
     "dma_attention",
     "dma_bias",
     "gate_layout",
     "gate_loss",
     "load_gates",
+    "moh_total_aux",
     "pooled_attention_target",
+    "route_heads",
+    "route_heads_by_query_norm",
     "routing_attention",
     "save_gates",
     "topw_prefix_selector",
