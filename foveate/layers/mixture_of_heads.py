@@ -67,11 +67,11 @@ def route_heads(
     both = shared > 0 and k > 0
     if both and w0 is None:
         raise ValueError(f"route_heads: shared and routed heads need w0 ({x.shape[-1]}, 2), got None")
-    s = r = _softmax(x, x.new_zeros(x.shape[-1], 0))  # (B, N, 0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    s, r = (x.new_ones(*x.shape[:2], n, dtype=wide) for n in (shared, 0))  # (B, N, h_s), (B, N, 0)
     aux = s.new_zeros(())
-    if shared:
-        s = torch.ones_like(s[..., :1].expand(*x.shape[:2], 1)) if ws is None else _softmax(x, ws)
-        s = s * (shared if renormalize and ws is not None else 1)
+    if ws is not None:
+        s = (shared if renormalize else 1) * _softmax(x, ws)
     if wg is not None:
         p = _softmax(x, wg)  # (B, N, E)
         m = _top(p.detach(), k)

@@ -70,9 +70,11 @@ def test_the_linear_router_is_the_formula(shared, routed, k, renormalize):
             if renormalize:
                 assert math.isclose(float(gates[b, t, :shared].sum()), shared * a1, rel_tol=1e-9)
                 assert math.isclose(float(gates[b, t, shared:].sum()), k * a2, rel_tol=1e-9)
-        torch.testing.assert_close(gates[b, t], torch.tensor(s + r).double(), atol=1e-9, rtol=0)
+        torch.testing.assert_close(gates[b, t], torch.tensor(s + r, dtype=torch.float64), atol=1e-9, rtol=0)
     assert ((gates != 0).sum(-1) == shared + k).all()
-    assert math.isclose(float(aux), routed * math.fsum(a * b for a, b in zip(f, mean, strict=True)), abs_tol=1e-9)
+    assert math.isclose(
+        float(aux), routed * math.fsum(a * b for a, b in zip(f, mean, strict=True)), abs_tol=1e-9
+    )
 
 
 @pytest.mark.parametrize(("shared", "k"), [(2, 2), (0, 3), (3, 0)])
@@ -174,7 +176,9 @@ def test_the_layer_is_the_sum_over_heads(causal, router):
 
 # ------------------------------------------------------------------------------------------- sparse execution
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("n", "m", "heads", "kv"), [(131, 131, 4, 2), (7, 200, 3, 3), (1, 65, 2, 1), (129, 129, 6, 2)])
+@pytest.mark.parametrize(
+    ("n", "m", "heads", "kv"), [(131, 131, 4, 2), (7, 200, 3, 3), (1, 65, 2, 1), (129, 129, 6, 2)]
+)
 def test_chosen_queries_get_what_all_would(n, m, heads, kv, causal):
     q, k, v = normal(2, heads, n, 8, seed=1), normal(2, kv, m, 8, seed=2), normal(2, kv, m, 5, seed=3)
     chosen = torch.rand(2, heads, n, generator=torch.Generator().manual_seed(4)) < 0.4
@@ -197,7 +201,9 @@ def test_sparse_equals_dense_with_its_gradients():
             (out * normal(2, 131, 32, seed=9)).sum().backward()
             outs.append(out.detach())
             named = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
-            grads.append(named if router == "linear" else {n: named[n] for n in ("k_proj.weight", "o_proj.weight")})
+            grads.append(
+                named if router == "linear" else {n: named[n] for n in ("k_proj.weight", "o_proj.weight")}
+            )
         torch.testing.assert_close(outs[1], outs[0], atol=1e-12, rtol=0)
         for name, want in grads[0].items():
             torch.testing.assert_close(grads[1][name], want, atol=1e-10, rtol=0)
@@ -248,7 +254,9 @@ def test_decoding_equals_the_whole(sparse):
 
 def test_in_a_language_model():
     torch.manual_seed(0)
-    model = TransformerLM(11, 32, 2, lambda layer: MixtureOfHeads(32, 8, shared=2, k=4, causal=True, sparse=True))
+    model = TransformerLM(
+        11, 32, 2, lambda layer: MixtureOfHeads(32, 8, shared=2, k=4, causal=True, sparse=True)
+    )
     ids = torch.arange(40).remainder(11)[None]
     loss = model(ids).square().mean() + moh_total_aux(model)
     loss.backward()
@@ -275,7 +283,10 @@ def test_errors_name_the_argument():
         ({"heads": 5, "shared": 1, "k": 1}, "dim must be a multiple of heads"),
         ({"heads": 4, "kv_heads": 3, "shared": 1, "k": 1}, "heads of kv_heads"),
         ({"heads": 4, "shared": 3, "k": 2}, r"shared \+ k must lie in \[1, 4\]"),
-        ({"heads": 4, "shared": 1, "k": 1, "router": "x"}, "router must be one of linear, query_norm, got 'x'"),
+        (
+            {"heads": 4, "shared": 1, "k": 1, "router": "x"},
+            "router must be one of linear, query_norm, got 'x'",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             MixtureOfHeads(32, **arguments)
