@@ -13,6 +13,7 @@ from foveate.hf.head_gates import HeadGates, train_head_gates
 from foveate.hf.mixture_of_heads import HeadMixture, apply_mixture_of_heads
 from foveate.hf.report import Check, CheckError, LayerReport, Report
 from foveate.hf.seer_attention import distill_gates, make_gates, rotary_of
+from foveate.hf.selective_temperature import SelectiveHandle, apply_selective_temperature
 
 __all__ = [
     "Cache",
@@ -25,8 +26,10 @@ __all__ = [
     "LayerHeld",
     "LayerReport",
     "Report",
+    "SelectiveHandle",
     "apply",
     "apply_mixture_of_heads",
+    "apply_selective_temperature",
     "distill_gates",
     "make_gates",
     "rotary_of",

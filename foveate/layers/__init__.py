@@ -25,6 +25,11 @@ from foveate.layers.seer_attention import (
     pooled_attention_target,
     save_gates,
 )
+from foveate.layers.selective_temperature import (
+    SelectiveSelfAttention,
+    SelectiveTemperature,
+    selective_attention,
+)
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 
 __all__ = [
@@ -42,6 +47,8 @@ __all__ = [
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
+    "SelectiveSelfAttention",
+    "SelectiveTemperature",
     "SelfAttention",
     "TransformerLM",
     "boundary_loss",
@@ -58,5 +65,6 @@ __all__ = [
     "route_heads_by_query_norm",
     "routing_attention",
     "save_gates",
+    "selective_attention",
     "topw_prefix_selector",
 ]
