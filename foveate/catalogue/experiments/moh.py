@@ -23,8 +23,8 @@ COUNTS_IF = (
     "six runs (controls three), paired, 95 % intervals. Gate: all eight heads recognise at least 0.94 of the digits, "
     "else open. Then all of: 2 shared and 4 of 6 routed heads per token recognise more than all heads' share less "
     "0.01; the coefficient of variation of the routed heads' load is lower with a balance loss of weight 0.01 than "
-    "without, mean over layers, on the test images. Controls that decide nothing: six heads of the same width for every token, and "
-    "four of the six routed heads drawn at random for every token"
+    "without, mean over layers, on the test images. Controls that decide nothing: six heads of the same width for "
+    "every token, and four of the six routed heads drawn at random for every token"
 )
 
 

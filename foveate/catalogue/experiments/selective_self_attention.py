@@ -91,11 +91,8 @@ class Reader(nn.Module):
         """Nats of the questions' weights, mean over rows, heads and questions of a kind, (copy, average)."""
         mixer, x = self.mixer, self.inner(tokens)
         q, k = (p(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for p in (mixer.q_proj, mixer.k_proj))
-        tau = (
-            mixer.tau_q(q, torch.arange(x.shape[1]))
-            if isinstance(mixer, SelectiveSelfAttention)
-            else torch.ones(1)
-        )
+        sharp = getattr(mixer, "tau_q", None)
+        tau = torch.ones(1) if sharp is None else sharp(q, torch.arange(x.shape[1]))
         one = torch.eye(x.shape[1]).expand(*k.shape[:2], -1, -1)
         weights = attention(q, k, one, is_causal=True, score=Temperature(tau))
         assert isinstance(weights, Tensor)
@@ -170,7 +167,7 @@ def picture() -> dict[str, Any]:
     g = generator(1)
     q, k = torch.randn(1, 1, 48, 16, generator=g), torch.randn(1, 1, 48, 16, generator=g)
     tau = SelectiveTemperature(1, 16, position="sigmoid")
-    tau.weight.data = torch.randn(1, 16, generator=g)
+    nn.init.normal_(next(tau.parameters()), generator=g)
     score = Temperature(tau(q, torch.arange(48)).detach())
     weights = attention(q, k, torch.eye(48)[None, None], is_causal=True, score=score)
     assert isinstance(weights, Tensor)
