@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.mixture_of_heads import (
     MixtureOfHeads,
@@ -31,16 +35,22 @@ from foveate.layers.selective_temperature import (
     selective_attention,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
+    "DeltaNet",
+    "DeltaNetState",
     "DynamicMaskAttention",
+    "GatedLinearAttention",
     "GatedMLP",
     "HierarchicalSelfAttention",
     "KeptKeys",
+    "KernelAttention",
     "KeyValueState",
     "MixtureOfHeads",
     "RMSNorm",
@@ -50,6 +60,7 @@ __all__ = [
     "SelectiveSelfAttention",
     "SelectiveTemperature",
     "SelfAttention",
+    "ShortConv",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",

@@ -2,4 +2,15 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
+from foveate.linear.operators import LinearAttention
+from foveate.linear.scan import LinearState, linear_attention, recurrence
+
+__all__ = [
+    "LinearAttention",
+    "LinearState",
+    "RandomFeatures",
+    "elu_plus_one",
+    "linear_attention",
+    "recurrence",
+]
