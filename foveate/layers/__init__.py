@@ -19,6 +19,12 @@ from foveate.layers.mixture_of_heads import (
 )
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
+from foveate.layers.relative_conv import (
+    RelativeConvAttention,
+    RelativeConvState,
+    relative_attention,
+    relative_shift,
+)
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 from foveate.layers.seer_attention import (
     BlockGate,
@@ -54,6 +60,8 @@ __all__ = [
     "KeyValueState",
     "MixtureOfHeads",
     "RMSNorm",
+    "RelativeConvAttention",
+    "RelativeConvState",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
@@ -72,6 +80,8 @@ __all__ = [
     "load_gates",
     "moh_total_aux",
     "pooled_attention_target",
+    "relative_attention",
+    "relative_shift",
     "route_heads",
     "route_heads_by_query_norm",
     "routing_attention",
