@@ -27,8 +27,8 @@ from foveate.bench.results import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 CSV = RESULTS / "mqar.csv"
-FIELDS = ["mixer", "length", "pairs", "dim", "lr", "seed", "examples", "epochs", "accuracy", "best", "state_bytes",
-          "seconds", "curve", "torch", "device"]  # fmt: skip
+FIELDS = ["mixer", "length", "pairs", "dim", "lr", "seed", "examples", "schedule", "epochs", "accuracy", "best",
+          "state_bytes", "seconds", "curve", "torch", "device"]  # fmt: skip
 WINDOWS = (8, 16, 32)
 PUBLISHED = {  # bytes of state -> recall, read off the figure in the README of Zoology's code (+-0.02)
     "sliding window": list(zip((2 * w * 128 * 4 for w in (8, 16, 32, 64, 128, 256, 512, 1024)),
@@ -82,11 +82,12 @@ def main() -> None:
 @click.option("--seed", default=123, show_default=True)
 @click.option("--examples", default=100_000, show_default=True)
 @click.option("--epochs", default=64, show_default=True)
+@click.option("--most", default=64, show_default=True, help="End after this many of the epochs.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), default=Path("out/mqar"), show_default=True)
 def train(
     mixer: str, length: int, pairs: int, mix: bool, dim: int, lr: float, seed: int, examples: int, epochs: int,
-    device: str, keep: Path,
+    most: int, device: str, keep: Path,
 ) -> None:  # fmt: skip
     """Train one mixer on one configuration and note what it recalls."""
     known = mixers(dim)
@@ -109,12 +110,21 @@ def train(
         click.echo(f"{mixer} ({what}) epoch {epoch}: loss {loss:.3f}, accuracy {said}, {spent:.0f} s")
 
     curve = learn(
-        model, *given, lr=lr, seed=seed, epochs=epochs, batch=256 if mix else 512, keep=where, told=told
+        model,
+        *given,
+        lr=lr,
+        seed=seed,
+        epochs=epochs,
+        most=most,
+        batch=256 if mix else 512,
+        keep=where,
+        told=told,
     )
     means = [sum(found) / len(found) for found in curve]
     add({
         "mixer": mixer, "length": "mix" if mix else length, "pairs": "mix" if mix else pairs, "dim": dim,
-        "lr": f"{lr:.3g}", "seed": seed, "examples": sum(count for _, count in given[0]), "epochs": len(curve),
+        "lr": f"{lr:.3g}", "seed": seed, "examples": sum(count for _, count in given[0]),
+        "schedule": epochs, "epochs": len(curve),
         "accuracy": f"{means[-1]:.4f}", "best": f"{max(means):.4f}", "state_bytes": state,
         "seconds": round(time.perf_counter() - started), "curve": " ".join(f"{m:.3f}" for m in means),
         "torch": torch.__version__, "device": cpu_model() if device == "cpu" else torch.cuda.get_device_name(device),

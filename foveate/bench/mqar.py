@@ -163,6 +163,7 @@ def learn(
     batch: int = 512,
     epochs: int = 64,
     stop: float = 0.99,
+    most: int | None = None,
     keep: Path | None = None,
     told: Callable[[int, float, list[float]], None] = lambda epoch, loss, found: None,
 ) -> list[list[float]]:
@@ -172,6 +173,7 @@ def learn(
 
     Args:
         train, tests: configurations with numbers of rows; a batch is of one configuration.
+        epochs: of the cosine; most: end after this many of them, None: all.
         keep: a directory for checkpoints, one per epoch, from which an interrupted run goes on.
         told: called with epoch, mean loss and accuracies.
     """
@@ -187,7 +189,7 @@ def learn(
     drop = nn.Dropout(0.1)
     hook = model.embed.register_forward_hook(lambda m, a, out: drop(out) if model.training else None)
     found = _resumed(model, optimizer, keep)
-    for epoch in range(len(found), epochs):
+    for epoch in range(len(found), min(epochs, most or epochs)):
         if found and sum(found[-1]) / len(found[-1]) > stop:
             break
         torch.manual_seed(seed * 1000 + epoch)

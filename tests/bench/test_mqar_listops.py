@@ -36,15 +36,15 @@ def test_rows_follow_the_definition(length, pairs, vocab, fill):
 
 def test_gaps_follow_the_power_law():
     task = MQAR(32, 2, 64)
-    gaps = task.gaps(40_000, torch.Generator().manual_seed(2))
+    gaps = task.gaps(20_000, torch.Generator().manual_seed(2))
     space = (32 - 4) // 2
     p = torch.arange(1, space + 1).double() ** (0.01 - 1)
     p /= p.sum()
-    first = torch.bincount(gaps[:, 0], minlength=space) / 40_000
+    first = torch.bincount(gaps[:, 0], minlength=space) / 20_000
     torch.testing.assert_close(first.double(), p, atol=0.01, rtol=0)
     second = sum(p[i] * torch.where(torch.arange(space) == i, 0.0, p / (1 - p[i])) for i in range(space))
     torch.testing.assert_close(
-        torch.bincount(gaps[:, 1], minlength=space) / 40_000, second.float(), atol=0.01, rtol=0
+        torch.bincount(gaps[:, 1], minlength=space) / 20_000, second.float(), atol=0.01, rtol=0
     )
     assert bool((gaps[:, 0] != gaps[:, 1]).all())
 
