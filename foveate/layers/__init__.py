@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.mixture_of_heads import (
@@ -44,6 +46,7 @@ from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
 
 __all__ = [
+    "AgentAttention2d",
     "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
@@ -55,10 +58,12 @@ __all__ = [
     "GatedLinearAttention",
     "GatedMLP",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
     "MixtureOfHeads",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RelativeConvAttention",
     "RelativeConvState",
