@@ -8,10 +8,17 @@ from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_t
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.gated_linear import GatedLinearAttention
+from foveate.layers.gaussian_adaptive import (
+    FrozenEncoderProbe,
+    GaussianAdaptiveAttention,
+    GaussianAdaptiveBlock,
+    importance_factor,
+)
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.local_linear import LocalLinearAttention
 from foveate.layers.mixture_of_heads import (
     MixtureOfHeads,
     chosen_attention,
@@ -44,6 +51,7 @@ from foveate.layers.selective_temperature import (
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
+from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 
 __all__ = [
     "AgentAttention2d",
@@ -55,14 +63,20 @@ __all__ = [
     "DeltaNet",
     "DeltaNetState",
     "DynamicMaskAttention",
+    "FrozenEncoderProbe",
     "GatedLinearAttention",
     "GatedMLP",
+    "GaussianAdaptiveAttention",
+    "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
     "InLineAttention2d",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "LocalLinearAttention",
     "MixtureOfHeads",
+    "NeuralMemory",
+    "NeuralMemoryState",
     "PredictedDepthwiseConv",
     "RMSNorm",
     "RelativeConvAttention",
@@ -74,6 +88,8 @@ __all__ = [
     "SelectiveTemperature",
     "SelfAttention",
     "ShortConv",
+    "TitansBlock",
+    "TitansState",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
@@ -82,6 +98,7 @@ __all__ = [
     "dma_bias",
     "gate_layout",
     "gate_loss",
+    "importance_factor",
     "load_gates",
     "moh_total_aux",
     "pooled_attention_target",

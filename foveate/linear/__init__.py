@@ -11,6 +11,8 @@ from foveate.linear.inline import (
     local_mass,
     query_confusion,
 )
+from foveate.linear.local_linear import global_ridge, local_linear_attention
+from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 from foveate.linear.operators import LinearAttention
 from foveate.linear.scan import LinearState, linear_attention, recurrence
 
@@ -19,12 +21,18 @@ __all__ = [
     "InLineState",
     "LinearAttention",
     "LinearState",
+    "MemoryState",
     "RandomFeatures",
     "elu_plus_one",
+    "global_ridge",
     "inline_attention",
     "inline_weights",
     "linear_attention",
+    "local_linear_attention",
     "local_mass",
+    "memorise",
+    "memory_read",
     "query_confusion",
     "recurrence",
+    "surprise",
 ]
