@@ -30,8 +30,21 @@ from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.local_linear import LocalLinearAttention
+from foveate.layers.mixture_of_heads import (
+    MixtureOfHeads,
+    chosen_attention,
+    moh_total_aux,
+    route_heads,
+    route_heads_by_query_norm,
+)
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
+from foveate.layers.relative_conv import (
+    RelativeConvAttention,
+    RelativeConvState,
+    relative_attention,
+    relative_shift,
+)
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
 from foveate.layers.seer_attention import (
     BlockGate,
@@ -41,6 +54,11 @@ from foveate.layers.seer_attention import (
     load_gates,
     pooled_attention_target,
     save_gates,
+)
+from foveate.layers.selective_temperature import (
+    SelectiveSelfAttention,
+    SelectiveTemperature,
+    selective_attention,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
@@ -73,14 +91,19 @@ __all__ = [
     "KernelAttention",
     "KeyValueState",
     "LocalLinearAttention",
+    "MixtureOfHeads",
     "NeuralMemory",
     "NeuralMemoryState",
     "PoolState",
     "PredictedDepthwiseConv",
     "RMSNorm",
+    "RelativeConvAttention",
+    "RelativeConvState",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
+    "SelectiveSelfAttention",
+    "SelectiveTemperature",
     "SelfAttention",
     "ShortConv",
     "SimpleGLU",
@@ -96,6 +119,7 @@ __all__ = [
     "boundary_loss",
     "boundary_targets",
     "build_layout",
+    "chosen_attention",
     "complex_rotate",
     "complex_turn",
     "dma_attention",
@@ -104,12 +128,18 @@ __all__ = [
     "gate_loss",
     "importance_factor",
     "load_gates",
+    "moh_total_aux",
     "near_branch_cut",
     "per_order_taylor",
     "pooled_attention_target",
     "prefix_pooling",
+    "relative_attention",
+    "relative_shift",
+    "route_heads",
+    "route_heads_by_query_norm",
     "routing_attention",
     "save_gates",
+    "selective_attention",
     "state_bytes",
     "topw_prefix_selector",
 ]
