@@ -67,7 +67,8 @@ def simulate_plan(
 
     >>> from foveate.dist import plan_core_attention
     >>> plan, size = plan_core_attention([[8], [2, 2]], q_bytes=1, kv_bytes=1), {"q_bytes": 1, "kv_bytes": 1}
-    >>> [simulate_plan(plan, 1.0, 1.0, overlap, flops_per_pair=1, layers=4, **size)["step"] for overlap in (False, True)]
+    >>> both = [simulate_plan(plan, 1.0, 1.0, o, flops_per_pair=1, layers=4, **size) for o in (False, True)]
+    >>> [found["step"] for found in both]
     [144.0, 112.5]
     """
     if layers < 1 or not (flops_per_s > 0 and bytes_per_s > 0 and other_s >= 0):
@@ -80,7 +81,9 @@ def simulate_plan(
         flops_per_pair / flops_per_s / nanos
     )
     moves = plan_traffic(plan, q_bytes=q_bytes, kv_bytes=kv_bytes)
-    busy = [np.maximum(x.sum(0), x.sum(1)) / bytes_per_s / nanos for x in moves]  # of each rank, both ways at once
+    busy = [
+        np.maximum(x.sum(0), x.sum(1)) / bytes_per_s / nanos for x in moves
+    ]  # of each rank, both ways at once
     rest = np.full(len(plan), other_s / nanos)
     stages = [("network", busy[0]), ("rank", attend), ("network", busy[1])]
     stages = (stages + [("rank", rest)] * (other_s > 0)) * layers

@@ -28,8 +28,10 @@ class _Exchange(torch.autograd.Function):
 
 
 class CoreAttentionPool:
-    """Runs a plan on the ranks of a process group: all-to-all of queries, keys and values, one call of attention on each
-    rank, all-to-all of the results. Backward takes the same ways back, so every rank must call it.
+    """Runs a plan on the ranks of a process group.
+
+    All-to-all of queries, keys and values, one call of attention on each rank, all-to-all of the results. Backward
+    takes the same ways back, so every rank must call it.
 
     Args:
         group: process group of torch.distributed (gloo, NCCL); None: the default one.

@@ -71,7 +71,7 @@ def test_every_row_of_every_document_is_in_one_shard(seed, tile):
     assert all(count == 1 for rows in seen for count in rows)
     assert sum(loads(plan)) == sum(before(docs))
     if tile > 1:  # what was cut off is whole tiles; the outer rest stays at home
-        inner = [s for shards in plan for s in shards if 0 < s.q_start and s.q_end < flat[s.doc][1]]
+        inner = [s for shards in plan for s in shards if s.q_start > 0 and s.q_end < flat[s.doc][1]]
         assert inner
         assert all((s.q_end - s.q_start) % tile == 0 for s in inner)
 
@@ -174,7 +174,9 @@ def test_traffic_counts_rows_and_the_longest_prefix_once():
     assert collect.tolist() == [[0, 20], [40, 0]]
 
 
-PLAN = plan_core_attention([[8], [2, 2]], q_bytes=1, kv_bytes=1)  # 27 and 15 pairs; 2 rows and 5 keys move, 2 return
+PLAN = plan_core_attention(
+    [[8], [2, 2]], q_bytes=1, kv_bytes=1
+)  # 27 and 15 pairs; 2 rows and 5 keys move, 2 return
 UNIT = {"flops_per_pair": 1, "q_bytes": 1, "kv_bytes": 1}
 
 
@@ -190,7 +192,9 @@ def test_without_overlap_the_stages_add_up():
 def test_ping_pong_hides_what_is_shorter():
     for layers in (1, 2, 7):
         bound = simulate_plan(PLAN, 1.0, 1.0, layers=layers, **UNIT)  # 27 of computing, 9 of bytes
-        assert bound["step"] == 27 * layers + (7 + 2) / 2  # only the first and the last transfer of a half are seen
+        assert (
+            bound["step"] == 27 * layers + (7 + 2) / 2
+        )  # only the first and the last transfer of a half are seen
         wire = simulate_plan(PLAN, 100.0, 1.0, layers=layers, **UNIT)  # bytes are what takes long
         assert 9 * layers <= wire["step"] <= 9 * layers + 27 / 100 * layers + 9 / 2
     apart = simulate_plan(PLAN, 1.0, 1.0, False, layers=7, **UNIT)
@@ -304,5 +308,3 @@ def test_errors_name_the_argument():
     for bad in ({"flops_per_s": 0.0}, {"bytes_per_s": -1.0}, {"layers": 0}, {"other_s": -1.0}):
         with pytest.raises(ValueError, match="simulate_plan: flops_per_s and bytes_per_s must be > 0"):
             simulate_plan(PLAN, **{"flops_per_s": 1.0, "bytes_per_s": 1.0, **UNIT, **bad})
-
-

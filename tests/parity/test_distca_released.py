@@ -2,7 +2,8 @@
 
 The shards were made by running `Planner.plan_items` of github.com/hao-ai-lab/distca (commit 039f2e4) on documents of
 even lengths; shards of one document on one server that touch are joined. The released planner may leave a server with
-more than (1 + tolerance) times the mean. Then a last pass of `plan_core_attention` goes on, and only its load is compared.
+more than (1 + tolerance) times the mean. Then a last pass of `plan_core_attention` goes on, and only the load is
+compared.
 """
 
 from __future__ import annotations
