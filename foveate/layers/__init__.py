@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from foveate.layers.autoint import AutoInt, FieldEmbedding, InteractingLayer, field_affinity
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
@@ -21,13 +22,16 @@ from foveate.layers.seer_attention import (
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 
 __all__ = [
+    "AutoInt",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
     "DynamicMaskAttention",
+    "FieldEmbedding",
     "GatedMLP",
     "HierarchicalSelfAttention",
+    "InteractingLayer",
     "KeptKeys",
     "KeyValueState",
     "RMSNorm",
@@ -40,6 +44,7 @@ __all__ = [
     "boundary_targets",
     "dma_attention",
     "dma_bias",
+    "field_affinity",
     "gate_layout",
     "gate_loss",
     "load_gates",
