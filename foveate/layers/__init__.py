@@ -7,6 +7,7 @@ from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_t
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.low_rank_pool import GRULamaClassifier, LowRankMultiHeadPool
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
 from foveate.layers.routing import ClusterLayout, RoutingAttention, RoutingSelector, routing_attention
@@ -29,11 +30,13 @@ __all__ = [
     "DMACache",
     "DynamicMaskAttention",
     "FieldEmbedding",
+    "GRULamaClassifier",
     "GatedMLP",
     "HierarchicalSelfAttention",
     "InteractingLayer",
     "KeptKeys",
     "KeyValueState",
+    "LowRankMultiHeadPool",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
