@@ -6,6 +6,14 @@ from foveate.layers.autoint import AutoInt, FieldEmbedding, InteractingLayer, fi
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.l_query import (
+    LQueryBlock,
+    MultiQueryRecommender,
+    transition_distillation_loss,
+    transition_matrix,
+    transition_targets,
+    windowed_mean_query,
+)
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.low_rank_pool import GRULamaClassifier, LowRankMultiHeadPool
 from foveate.layers.norms import RMSNorm
@@ -36,7 +44,9 @@ __all__ = [
     "InteractingLayer",
     "KeptKeys",
     "KeyValueState",
+    "LQueryBlock",
     "LowRankMultiHeadPool",
+    "MultiQueryRecommender",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
@@ -55,4 +65,8 @@ __all__ = [
     "routing_attention",
     "save_gates",
     "topw_prefix_selector",
+    "transition_distillation_loss",
+    "transition_matrix",
+    "transition_targets",
+    "windowed_mean_query",
 ]
