@@ -26,8 +26,8 @@ ARMS = ("mean", "mean, hidden layer", "transformer", "LAMA")
 COUNTS_IF = (
     "The first 32 words of the docstrings of six packages of the standard library, a fifth held out, three seeds: a "
     "bidirectional GRU pooled by LAMA with 8 heads names the package more often than the same GRU with mean "
-    "pooling, by more than 0.02, and its attention has at most a tenth of the parameters of the attention of a Transformer "
-    "layer with 8 heads in its place. The mean's accuracy must leave room (below 0.95)."
+    "pooling, by more than 0.02, and its attention has at most a tenth of the parameters of the attention of a "
+    "Transformer layer with 8 heads in its place. The mean's accuracy must leave room (below 0.95)."
 )
 
 
