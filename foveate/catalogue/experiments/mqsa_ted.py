@@ -30,10 +30,10 @@ ARMS = {  # alpha, distillation, share of the training histories
 }
 COUNTS_IF = (
     "300 items in 10 topics, 2000 histories of 20 items: half of the steps follow a chain of items, half are any item "
-    "of the user's topic; the last item is asked for, three seeds, NDCG@10: both towers are no worse than the better one "
-    "of the two alone (the interval of the difference above -0.005), and distilled transitions add (its interval above "
-    "0) when a fifth of the histories is left. The better tower alone must exceed twice the score of the most popular "
-    "items, else nothing was learnt."
+    "of the user's topic; the last item is asked for, three seeds, NDCG@10: both towers are no worse than the better "
+    "one of the two alone (the interval of the difference above -0.005), and distilled transitions add (its interval "
+    "above 0) when a fifth of the histories is left. The better tower alone must exceed twice the score of the most "
+    "popular items, else nothing was learnt."
 )
 
 
