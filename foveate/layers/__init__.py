@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from foveate.layers.agent import AgentAttention2d
 from foveate.layers.autoint import AutoInt, FieldEmbedding, InteractingLayer, field_affinity
+from foveate.layers.base_conv import BaseConv
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
+from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
+from foveate.layers.gated_linear import GatedLinearAttention
+from foveate.layers.gaussian_adaptive import (
+    FrozenEncoderProbe,
+    GaussianAdaptiveAttention,
+    GaussianAdaptiveBlock,
+    importance_factor,
+)
 from foveate.layers.hierarchical import HierarchicalSelfAttention
+from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
+from foveate.layers.kernel_attention import KernelAttention
 from foveate.layers.l_query import (
     LQueryBlock,
     MultiQueryRecommender,
@@ -29,29 +41,47 @@ from foveate.layers.seer_attention import (
     save_gates,
 )
 from foveate.layers.self_attention import KeyValueState, SelfAttention
+from foveate.layers.short_conv import ShortConv
+from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
 
 __all__ = [
+    "AgentAttention2d",
     "AutoInt",
+    "BaseConv",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
     "DMACache",
+    "DeltaNet",
+    "DeltaNetState",
     "DynamicMaskAttention",
     "FieldEmbedding",
+    "FrozenEncoderProbe",
     "GRULamaClassifier",
+    "GatedLinearAttention",
     "GatedMLP",
+    "GaussianAdaptiveAttention",
+    "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
+    "InLineAttention2d",
     "InteractingLayer",
     "KeptKeys",
+    "KernelAttention",
     "KeyValueState",
     "LQueryBlock",
     "LowRankMultiHeadPool",
     "MultiQueryRecommender",
+    "NeuralMemory",
+    "NeuralMemoryState",
+    "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
     "RoutingSelector",
     "SeerAttention",
     "SelfAttention",
+    "ShortConv",
+    "TitansBlock",
+    "TitansState",
     "TransformerLM",
     "boundary_loss",
     "boundary_targets",
@@ -60,6 +90,7 @@ __all__ = [
     "field_affinity",
     "gate_layout",
     "gate_loss",
+    "importance_factor",
     "load_gates",
     "pooled_attention_target",
     "routing_attention",

@@ -39,6 +39,7 @@ class SelfAttention(nn.Module):
         window: each query sees this many keys including its own; None: all before it.
         rotary: rotate queries and keys (base 10,000); False for models with positions of their own.
         bias: of the four maps.
+        dropout: of the weights, in train mode.
 
     Shape: (B, N, dim) -> (B, N, dim).
 
@@ -61,6 +62,7 @@ class SelfAttention(nn.Module):
         window: int | None = None,
         rotary: bool = True,
         bias: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -70,6 +72,7 @@ class SelfAttention(nn.Module):
                 f"got dim={dim}, heads={heads}, kv_heads={kv_heads}"
             )
         self.heads, self.kv_heads, self.window, self.head_dim = heads, kv_heads, window, dim // heads
+        self.dropout = dropout
         self.pattern: Pattern = Causal() if window is None else Causal() & SlidingWindow(window)
         self.rotary = Rotary() if rotary else None
         self.q_proj = nn.Linear(dim, dim, bias=bias)
@@ -91,7 +94,7 @@ class SelfAttention(nn.Module):
             q, k = self.rotary(q, at), self.rotary(k, at)
         if state is not None:
             k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        out = attention(q, k, v, self.pattern)
+        out = attention(q, k, v, self.pattern, dropout_p=self.dropout if self.training else 0.0)
         assert isinstance(out, Tensor)
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         if state is None:

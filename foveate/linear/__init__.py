@@ -2,4 +2,34 @@
 
 from __future__ import annotations
 
-__all__: list[str] = []
+from foveate.linear.feature_maps import RandomFeatures, elu_plus_one
+from foveate.linear.inline import (
+    CausalInLine,
+    InLineState,
+    inline_attention,
+    inline_weights,
+    local_mass,
+    query_confusion,
+)
+from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
+from foveate.linear.operators import LinearAttention
+from foveate.linear.scan import LinearState, linear_attention, recurrence
+
+__all__ = [
+    "CausalInLine",
+    "InLineState",
+    "LinearAttention",
+    "LinearState",
+    "MemoryState",
+    "RandomFeatures",
+    "elu_plus_one",
+    "inline_attention",
+    "inline_weights",
+    "linear_attention",
+    "local_mass",
+    "memorise",
+    "memory_read",
+    "query_confusion",
+    "recurrence",
+    "surprise",
+]
