@@ -27,6 +27,7 @@ from foveate.layers.l_query import (
     windowed_mean_query,
 )
 from foveate.layers.language_model import GatedMLP, TransformerLM
+from foveate.layers.local_linear import LocalLinearAttention
 from foveate.layers.low_rank_pool import GRULamaClassifier, LowRankMultiHeadPool
 from foveate.layers.norms import RMSNorm
 from foveate.layers.prefix_top import KeptKeys, topw_prefix_selector
@@ -69,6 +70,7 @@ __all__ = [
     "KernelAttention",
     "KeyValueState",
     "LQueryBlock",
+    "LocalLinearAttention",
     "LowRankMultiHeadPool",
     "MultiQueryRecommender",
     "NeuralMemory",

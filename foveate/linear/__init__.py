@@ -11,6 +11,7 @@ from foveate.linear.inline import (
     local_mass,
     query_confusion,
 )
+from foveate.linear.local_linear import global_ridge, local_linear_attention
 from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 from foveate.linear.operators import LinearAttention
 from foveate.linear.scan import LinearState, linear_attention, recurrence
@@ -23,9 +24,11 @@ __all__ = [
     "MemoryState",
     "RandomFeatures",
     "elu_plus_one",
+    "global_ridge",
     "inline_attention",
     "inline_weights",
     "linear_attention",
+    "local_linear_attention",
     "local_mass",
     "memorise",
     "memory_read",
