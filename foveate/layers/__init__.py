@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from foveate.layers.agent import AgentAttention2d
+from foveate.layers.attention_variants import (
+    AttentionVariant,
+    PoolState,
+    VariantLM,
+    attention_indicators,
+    build_layout,
+    per_order_taylor,
+    prefix_pooling,
+)
 from foveate.layers.autoint import AutoInt, FieldEmbedding, InteractingLayer, field_affinity
 from foveate.layers.base_conv import BaseConv
+from foveate.layers.based import BasedLinearAttention, BasedLM, GatedShortConv, based_layout, state_bytes
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
 from foveate.layers.delta_net import DeltaNet, DeltaNetState
 from foveate.layers.dynamic_mask import DMACache, DynamicMaskAttention, dma_attention, dma_bias
@@ -44,11 +54,15 @@ from foveate.layers.seer_attention import (
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
 from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
+from foveate.layers.trans_normer import SimpleGLU, TNLAttention, TNLState, TransNormerLLM
 
 __all__ = [
     "AgentAttention2d",
+    "AttentionVariant",
     "AutoInt",
     "BaseConv",
+    "BasedLM",
+    "BasedLinearAttention",
     "BlockGate",
     "BoundaryPredictor",
     "ClusterLayout",
@@ -61,6 +75,7 @@ __all__ = [
     "GRULamaClassifier",
     "GatedLinearAttention",
     "GatedMLP",
+    "GatedShortConv",
     "GaussianAdaptiveAttention",
     "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
@@ -75,6 +90,7 @@ __all__ = [
     "MultiQueryRecommender",
     "NeuralMemory",
     "NeuralMemoryState",
+    "PoolState",
     "PredictedDepthwiseConv",
     "RMSNorm",
     "RoutingAttention",
@@ -82,11 +98,19 @@ __all__ = [
     "SeerAttention",
     "SelfAttention",
     "ShortConv",
+    "SimpleGLU",
+    "TNLAttention",
+    "TNLState",
     "TitansBlock",
     "TitansState",
+    "TransNormerLLM",
     "TransformerLM",
+    "VariantLM",
+    "attention_indicators",
+    "based_layout",
     "boundary_loss",
     "boundary_targets",
+    "build_layout",
     "dma_attention",
     "dma_bias",
     "field_affinity",
@@ -94,9 +118,12 @@ __all__ = [
     "gate_loss",
     "importance_factor",
     "load_gates",
+    "per_order_taylor",
     "pooled_attention_target",
+    "prefix_pooling",
     "routing_attention",
     "save_gates",
+    "state_bytes",
     "topw_prefix_selector",
     "transition_distillation_loss",
     "transition_matrix",
