@@ -12,6 +12,7 @@ from foveate.layers.attention_variants import (
     per_order_taylor,
     prefix_pooling,
 )
+from foveate.layers.autoint import AutoInt, FieldEmbedding, InteractingLayer, field_affinity
 from foveate.layers.base_conv import BaseConv
 from foveate.layers.based import BasedLinearAttention, BasedLM, GatedShortConv, based_layout, state_bytes
 from foveate.layers.boundary import BoundaryPredictor, boundary_loss, boundary_targets
@@ -28,8 +29,17 @@ from foveate.layers.gaussian_adaptive import (
 from foveate.layers.hierarchical import HierarchicalSelfAttention
 from foveate.layers.inline import InLineAttention2d, PredictedDepthwiseConv
 from foveate.layers.kernel_attention import KernelAttention
+from foveate.layers.l_query import (
+    LQueryBlock,
+    MultiQueryRecommender,
+    transition_distillation_loss,
+    transition_matrix,
+    transition_targets,
+    windowed_mean_query,
+)
 from foveate.layers.language_model import GatedMLP, TransformerLM
 from foveate.layers.local_linear import LocalLinearAttention
+from foveate.layers.low_rank_pool import GRULamaClassifier, LowRankMultiHeadPool
 from foveate.layers.mixture_of_heads import (
     MixtureOfHeads,
     chosen_attention,
@@ -68,6 +78,7 @@ from foveate.layers.trans_normer import SimpleGLU, TNLAttention, TNLState, Trans
 __all__ = [
     "AgentAttention2d",
     "AttentionVariant",
+    "AutoInt",
     "BaseConv",
     "BasedLM",
     "BasedLinearAttention",
@@ -79,7 +90,9 @@ __all__ = [
     "DeltaNet",
     "DeltaNetState",
     "DynamicMaskAttention",
+    "FieldEmbedding",
     "FrozenEncoderProbe",
+    "GRULamaClassifier",
     "GatedLinearAttention",
     "GatedMLP",
     "GatedShortConv",
@@ -87,11 +100,15 @@ __all__ = [
     "GaussianAdaptiveBlock",
     "HierarchicalSelfAttention",
     "InLineAttention2d",
+    "InteractingLayer",
     "KeptKeys",
     "KernelAttention",
     "KeyValueState",
+    "LQueryBlock",
     "LocalLinearAttention",
+    "LowRankMultiHeadPool",
     "MixtureOfHeads",
+    "MultiQueryRecommender",
     "NeuralMemory",
     "NeuralMemoryState",
     "PoolState",
@@ -124,6 +141,7 @@ __all__ = [
     "complex_turn",
     "dma_attention",
     "dma_bias",
+    "field_affinity",
     "gate_layout",
     "gate_loss",
     "importance_factor",
@@ -142,4 +160,8 @@ __all__ = [
     "selective_attention",
     "state_bytes",
     "topw_prefix_selector",
+    "transition_distillation_loss",
+    "transition_matrix",
+    "transition_targets",
+    "windowed_mean_query",
 ]
