@@ -44,6 +44,7 @@ from foveate.layers.seer_attention import (
 from foveate.layers.self_attention import KeyValueState, SelfAttention
 from foveate.layers.short_conv import ShortConv
 from foveate.layers.titans import NeuralMemory, NeuralMemoryState, TitansBlock, TitansState
+from foveate.layers.trans_normer import SimpleGLU, TNLAttention, TNLState, TransNormerLLM
 
 __all__ = [
     "AgentAttention2d",
@@ -80,8 +81,12 @@ __all__ = [
     "SeerAttention",
     "SelfAttention",
     "ShortConv",
+    "SimpleGLU",
+    "TNLAttention",
+    "TNLState",
     "TitansBlock",
     "TitansState",
+    "TransNormerLLM",
     "TransformerLM",
     "VariantLM",
     "attention_indicators",

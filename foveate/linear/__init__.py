@@ -11,6 +11,13 @@ from foveate.linear.inline import (
     local_mass,
     query_confusion,
 )
+from foveate.linear.lightning import (
+    LightningAttention,
+    LightningFunction,
+    alibi_decay,
+    lightning_attention,
+    lightning_step,
+)
 from foveate.linear.local_linear import global_ridge, local_linear_attention
 from foveate.linear.neural_memory import MemoryState, memorise, memory_read, surprise
 from foveate.linear.operators import LinearAttention
@@ -20,15 +27,20 @@ from foveate.linear.taylor import TaylorFeatures, taylor_linear_attention
 __all__ = [
     "CausalInLine",
     "InLineState",
+    "LightningAttention",
+    "LightningFunction",
     "LinearAttention",
     "LinearState",
     "MemoryState",
     "RandomFeatures",
     "TaylorFeatures",
+    "alibi_decay",
     "elu_plus_one",
     "global_ridge",
     "inline_attention",
     "inline_weights",
+    "lightning_attention",
+    "lightning_step",
     "linear_attention",
     "local_linear_attention",
     "local_mass",
