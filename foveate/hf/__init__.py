@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+try:
+    import transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError("foveate.hf needs transformers >= 5.4: pip install 'foveate[hf]'") from error
+
 from foveate.hf.apply import Handle, apply
 from foveate.hf.cache import Cache, Held, LayerHeld
 from foveate.hf.complex_heads import ComplexHeads, convert_rope_model

@@ -71,7 +71,7 @@ def test_random_features_estimate_the_softmax_kernel():
     for m in (16, 4096):
         draws = [RandomFeatures.draw(m, 8, seed=s) for s in range(3)]
         errors.append(sum(float(((phi(q) @ phi(k).T - want) / want).abs().median()) for phi in draws) / 3)
-    assert errors[1] < min(0.1, errors[0] / 4)
+    assert errors[1] < min(0.1, errors[0] / 3)
     w = RandomFeatures.draw(16, 8, seed=3).directions
     gram = (w[:8] / w[:8].norm(dim=1, keepdim=True)) @ (w[:8] / w[:8].norm(dim=1, keepdim=True)).T
     torch.testing.assert_close(gram, torch.eye(8), atol=1e-5, rtol=0)

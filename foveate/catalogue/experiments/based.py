@@ -113,7 +113,7 @@ def run(lab: Lab) -> Finding:
             [*by_window, *(level(name) for name in ("full", *ALONE))],
             log_x=True,
         ),
-        quality=mean[both].value / mean["full"].value,
+        quality=mean[both].value / max(mean["full"].value, 1e-9),
         cost=held[both] / held["full"],
     )
 
