@@ -78,6 +78,7 @@ bench: $(VENV)/.cli
 	$(BIN)/foveate bench kernels --preset targets --resume --out benchmarks/results
 	$(BIN)/python benchmarks/prefill_selectors.py --resume
 	$(BIN)/python benchmarks/reader_recall.py
+	$(BIN)/python benchmarks/linear_scan.py --rounds 1
 
 evidence: $(VENV)/.cli
 	$(BIN)/foveate reproduce --all --resume --out foveate/catalogue/evidence

@@ -103,7 +103,7 @@ def train(
     model = published_model(task.vocab, dim, make, positions=longest if positions else 0).to(device)
     what = "mix" if mix else f"{length}-{pairs}"
     where = keep / f"{mixer}-{what}-{dim}-{lr:.2e}-{seed}-{examples}-{epochs}".replace(" ", "_")
-    started = time.perf_counter()
+    resumed, started = where.exists(), time.perf_counter()
 
     def told(epoch: int, loss: float, found: list[float]) -> None:
         said, spent = " ".join(f"{a:.4f}" for a in found), time.perf_counter() - started
@@ -126,7 +126,8 @@ def train(
         "lr": f"{lr:.3g}", "seed": seed, "examples": sum(count for _, count in given[0]),
         "schedule": epochs, "epochs": len(curve),
         "accuracy": f"{means[-1]:.4f}", "best": f"{max(means):.4f}", "state_bytes": state,
-        "seconds": round(time.perf_counter() - started), "curve": " ".join(f"{m:.3f}" for m in means),
+        "seconds": "" if resumed else round(time.perf_counter() - started),
+        "curve": " ".join(f"{m:.3f}" for m in means),
         "torch": torch.__version__, "device": cpu_model() if device == "cpu" else torch.cuda.get_device_name(device),
     })  # fmt: skip
 
