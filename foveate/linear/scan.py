@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ CHUNK = 64
 SUB = 16  # rows of a sub-block where channels decay fast
 NO_FLOW = 60.0  # e^60 is far inside float32: up to here a chunk's decay may be divided out of the keys
 NEVER = -1e4  # a log decay of -inf, so that differences stay defined
-WORKING = 1 << 23  # numbers that one segment may hold besides its inputs
+WORKING = 1 << 19  # numbers that one segment may hold besides its inputs: small enough for a cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,19 +195,19 @@ def _chunked(q, k, v, g, beta, s, size: int) -> tuple[Tensor, Tensor]:
     heads = q.shape[0] * q.shape[1]
     per_token = size * q.shape[2] + (SUB * k.shape[3] if g is not None and g.shape[-1] > 1 else 0)
     length = max(1, WORKING // max(1, heads * per_token * size)) * size
+    given = [t for t in (q, k, v, g, beta) if t is not None]
+    again = n > length and torch.is_grad_enabled() and any(t.requires_grad for t in (*given, s))
+
+    def pieces(t: Tensor | None, axis: int) -> Sequence[Tensor | None]:
+        return [None] * math.ceil(n / length) if t is None else t.split(length, axis) if n else []
+
     found = []
-    for start in range(0, n, length):
-        part = [
-            None if t is None else t.narrow(t.ndim - 2, start, min(length, n - start)) for t in (q, k, v, g)
-        ]
-        strength = None if beta is None else beta[:, :, start : start + length]
-        tensors = [t for t in (*part, strength, s) if t is not None]
-        if n > length and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            got = checkpoint(
-                _segment, *part, strength, s, size, use_reentrant=False, preserve_rng_state=False
-            )
+    axes = ((q, 3), (k, 2), (v, 2), (g, 2), (beta, 2))
+    for part in zip(*(pieces(t, axis) for t, axis in axes), strict=True):
+        if again:
+            got = checkpoint(_segment, *part, s, size, use_reentrant=False, preserve_rng_state=False)
         else:
-            got = _segment(*part, strength, s, size)  # pyright: ignore
+            got = _segment(*part, s, size)  # pyright: ignore
         out, s = got  # pyright: ignore
         found.append(out)
     if not found:
@@ -244,9 +245,9 @@ def _segment(q, k, v, g, beta, s, size: int) -> tuple[Tensor, Tensor]:
         return _delta(q, k, v, strength, decay, weights, reading, writing, kept, s, n)
     added = writing @ v  # (B, G, chunks, D, E)
     states = []
-    for c in range(added.shape[2]):
+    for new, left in zip(added.unbind(2), _each(kept, added.shape[2]), strict=True):
         states.append(s)
-        s = added[:, :, c] + (s if kept is None else kept[:, :, c] * s)
+        s = new + (s if left is None else left * s)
     inside = weights.flatten(3, 4) @ v  # (B, G, chunks, R C, E)
     out = inside + reading @ torch.stack(states, 2)
     return _joined(out, rows, n), s
@@ -265,12 +266,18 @@ def _delta(q, k, v, strength, decay, weights, reading, writing, kept, s, n) -> t
     given = strength * torch.cat([v, decay.since_start(k, 1)], -1)  # (B, G, chunks, C, E + D)
     solved = torch.linalg.solve_triangular(eye + strength * products, given, upper=False, unitriangular=True)
     news, reads = solved[..., :e], solved[..., e:]  # u = news - reads S
-    inside, found = weights.flatten(3, 4), []
-    for c in range(v.shape[2]):
-        u = news[:, :, c] - reads[:, :, c] @ s  # (B, G, C, E)
-        found.append(reading[:, :, c] @ s + inside[:, :, c] @ u)
-        s = (s if kept is None else kept[:, :, c] * s) + writing[:, :, c] @ u
+    parts = (t.unbind(2) for t in (news, reads, reading, weights.flatten(3, 4), writing))
+    found = []
+    for new, read, look, inside, write, left in zip(*parts, _each(kept, v.shape[2]), strict=True):
+        u = new - read @ s  # (B, G, C, E)
+        found.append(look @ s + inside @ u)
+        s = (s if left is None else left * s) + write @ u
     return _joined(torch.stack(found, 2), rows, n), s
+
+
+def _each(kept: Tensor | None, chunks: int) -> Sequence[Tensor | None]:
+    """What is kept of the state over each chunk. (Unbound, not indexed: a gradient of an index is as large as all.)"""
+    return [None] * chunks if kept is None else kept.unbind(2)
 
 
 def _joined(out: Tensor, rows: int, n: int) -> Tensor:
