@@ -40,6 +40,7 @@ _MODULES = {
     "linear": "foveate.linear",
     "dist": "foveate.dist",
     "layers": "foveate.layers",
+    "vision": "foveate.vision",
     "hf": "foveate.hf",
     "organisms": "foveate.organisms",
     "statistics": "foveate.core.statistics",
@@ -74,10 +75,23 @@ __all__ = [
     "patterns",
     "selectors",
     "statistics",
+    "vision",
 ]
 
 if TYPE_CHECKING:
-    from foveate import cache, composite, compress, dist, hf, layers, linear, organisms, patterns, selectors
+    from foveate import (
+        cache,
+        composite,
+        compress,
+        dist,
+        hf,
+        layers,
+        linear,
+        organisms,
+        patterns,
+        selectors,
+        vision,
+    )
     from foveate.core import statistics
     from foveate.core.attention import attention, explain
     from foveate.core.layout import BlockLayout

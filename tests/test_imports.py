@@ -18,12 +18,13 @@ LEVELS = {
     "compress": 1,
     "linear": 1,
     "layers": 2,
-    "hf": 3,
-    "organisms": 3,
-    "bench": 4,
-    "dist": 4,
-    "catalogue": 5,
-    "cli": 6,
+    "vision": 3,
+    "hf": 4,
+    "organisms": 4,
+    "bench": 5,
+    "dist": 5,
+    "catalogue": 6,
+    "cli": 7,
 }  # a room imports from lower levels and itself
 FACADES = {"patterns": 0.5, "selectors": 0.5}  # foveate/patterns.py re-exports core's
 OPTIONAL = (
