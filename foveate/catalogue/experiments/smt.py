@@ -120,7 +120,7 @@ def run(lab: Lab) -> Finding:
             [Figure(name, f.value, f.low, f.high, f.n) for name, f in mean.items()],
             ["attention"],
         ),
-        quality=mean["SMT"].value / mean["attention"].value,
+        quality=mean["SMT"].value / max(mean["attention"].value, 0.1),
         cost=share.value,
     )
 
