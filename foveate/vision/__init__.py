@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.l2vit import (
+    L2ViT,
+    LGABlock,
+    LocalConcentration,
+    LWABlock,
+    ReluLinearAttention,
+    l2vit_base,
+    l2vit_small,
+    l2vit_tiny,
+)
 from foveate.vision.smt import (
     SMT,
     ConvMlp,
@@ -22,10 +32,18 @@ __all__ = [
     "Backbone",
     "ConvMlp",
     "ConvValueAttention",
+    "L2ViT",
+    "LGABlock",
+    "LWABlock",
+    "LocalConcentration",
     "RelativePositionBias2d",
+    "ReluLinearAttention",
     "SMTBlock",
     "ScaleAwareModulation",
     "WindowAttention",
+    "l2vit_base",
+    "l2vit_small",
+    "l2vit_tiny",
     "multiply_adds",
     "parameters_of",
     "smt_base",
