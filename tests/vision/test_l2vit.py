@@ -46,7 +46,7 @@ def quadratic(layer, x):
             cut = slice(h * d, h * d + d)
             for i in range(n):
                 weights = q[b, i, cut].relu() @ k[b, :, cut].relu().T
-                share = weights / max(layer.denom_min, float(weights.sum()))
+                share = weights / weights.sum().clamp(min=layer.denom_min)
                 out[b, i, cut] = layer.temperature[h, 0, 0] * share @ v[b, :, cut]
     return layer.proj(out)
 
@@ -205,7 +205,9 @@ def test_initial_weights():
 
 
 def small(**options):
-    return L2ViT((8, 16), (2, 2), (2, 2), **{"window": 3, "mlp_ratio": 2, "num_classes": 5, **options})
+    return L2ViT(
+        (8, 16), (2, 2), **{"heads": (2, 2), "window": 3, "mlp_ratio": 2, "num_classes": 5, **options}
+    )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (61, 37), (1, 1), (5, 97)])
