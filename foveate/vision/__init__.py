@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Backbone",
     "RelativePositionBias2d",
     "WindowAttention",
+    "WindowReach",
+    "explain_window",
     "multiply_adds",
     "parameters_of",
 ]
