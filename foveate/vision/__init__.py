@@ -4,12 +4,34 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Backbone",
+    "PatchMerging",
     "RelativePositionBias2d",
+    "ShiftedWindowAttention",
+    "Swin",
+    "SwinBlock",
     "WindowAttention",
     "multiply_adds",
     "parameters_of",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
 ]
