@@ -510,8 +510,8 @@ def _build(owner: str, state: dict[str, Tensor], edge: str, always_partition: bo
         features_only=maps,
         map_norms=maps,
     )
-    model.load_state_dict(state)
-    return model.to(state["embed.weight"].dtype).eval()
+    model.to(state["embed.weight"]).load_state_dict(state)
+    return model.eval()
 
 
 def swin_from_transformers(
