@@ -26,8 +26,9 @@ COUNTS_IF = (
     "and the cell in one corner names the digit in the other. Gate: four layers of full attention name at least 0.8, "
     "else open. Then all of: by gradients the cell depends on every pixel of the other digit with four layers of which "
     "two are shifted, and on none with two such layers or four without shift; the four shifted layers name more than "
-    "0.5, and more than the four without shift, of as many parameters, plus 0.3; those name fewer than chance, 0.1, plus "
-    "0.1; and on a map of twice the side windows, shifted or not, visit exactly as many keys per cell inside as before"
+    "0.5, and more than the four without shift, of as many parameters, plus 0.3; those name fewer than chance, 0.1, "
+    "plus 0.1; and on a map of twice the side windows, shifted or not, visit exactly as many keys per cell inside "
+    "as before"
 )
 ARMS = {  # window, depth, shift
     "full attention, 4 layers": (GRID, 4, 0),
