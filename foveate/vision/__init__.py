@@ -16,6 +16,13 @@ from foveate.vision.swin import (
     swin_small,
     swin_tiny,
 )
+from foveate.vision.vsa import (
+    SwinVSA,
+    VariedSizeWindowAttention,
+    VSABlock,
+    swin_vsa_small,
+    swin_vsa_tiny,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -25,6 +32,9 @@ __all__ = [
     "ShiftedWindowAttention",
     "Swin",
     "SwinBlock",
+    "SwinVSA",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "WindowAttention",
     "multiply_adds",
     "parameters_of",
@@ -34,4 +44,6 @@ __all__ = [
     "swin_large",
     "swin_small",
     "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
 ]
