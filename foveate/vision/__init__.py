@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.l2vit import (
     L2ViT,
     LGABlock,
@@ -34,6 +35,19 @@ from foveate.vision.smt import (
     smt_small,
     smt_tiny,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -48,13 +62,22 @@ __all__ = [
     "LaMambaUNet",
     "LocalConcentration",
     "PatchExpand",
+    "PatchMerging",
     "RelativePositionBias2d",
     "ReluLinearAttention",
     "SMTBlock",
     "ScaleAwareModulation",
     "SelectiveScan2D",
     "ShiftedTiles",
+    "ShiftedWindowAttention",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "WindowAttention",
+    "WindowReach",
+    "explain_window",
     "l2vit_base",
     "l2vit_small",
     "l2vit_tiny",
@@ -66,4 +89,12 @@ __all__ = [
     "smt_small",
     "smt_tiny",
     "snake_orders",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
 ]
