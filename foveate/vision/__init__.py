@@ -20,7 +20,6 @@ from foveate.vision.lamamba import (
     LaMambaUNet,
     PatchExpand,
     SelectiveScan2D,
-    ShiftedTiles,
     lamamba_unet,
     snake_orders,
 )
@@ -68,7 +67,6 @@ __all__ = [
     "SMTBlock",
     "ScaleAwareModulation",
     "SelectiveScan2D",
-    "ShiftedTiles",
     "ShiftedWindowAttention",
     "Swin",
     "SwinBlock",

@@ -306,7 +306,7 @@ def l2vit_small(
     window: int = 7,
     num_classes: int = 1000,
     in_channels: int = 3,
-    drop_path: float = 0.3,
+    drop_path: float = 0.2,
     features_only: bool = False,
 ) -> L2ViT:
     """L2ViT-S: 50,199,157 parameters."""
@@ -325,7 +325,7 @@ def l2vit_base(
     window: int = 7,
     num_classes: int = 1000,
     in_channels: int = 3,
-    drop_path: float = 0.5,
+    drop_path: float = 0.3,
     features_only: bool = False,
 ) -> L2ViT:
     """L2ViT-B: 88,577,188 parameters; window=12 for images of 384 pixels."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from foveate.linear.scan import recurrence
 from foveate.vision.blocks import Mlp, interpolate_map, sincos_2d
-from foveate.vision.windows import RelativePositionBias2d, attend, merge, pad_to, partition
+from foveate.vision.swin import PatchMerging, ShiftedWindowAttention
 
 SCAN_CHUNK = 8  # tokens that `recurrence` computes by one product: small, as there are many channels
 
@@ -116,68 +116,6 @@ class SelectiveScan2D(nn.Module):
         return f"dim={self.dim}, inner={self.inner}, state={self.state}, rank={self.rank}"
 
 
-class ShiftedTiles(nn.Module):
-    """Attention inside windows of a map rolled by `shift`; cells brought together by the roll do not see each other.
-
-    Args:
-        dim, heads: C and H.
-        window: side w; on a side that is not longer, the side itself and no shift.
-        shift: cells, below w.
-
-    With a relative position bias and biased maps. Sides that w does not divide are padded, and padded cells are not
-    attended to. Shape: (B, H, W, C) -> the same.
-
-    Source: as in Swin Transformer (2021).
-
-    >>> ShiftedTiles(16, 2, window=4, shift=2)(torch.randn(1, 10, 7, 16)).shape
-    torch.Size([1, 10, 7, 16])
-    """
-
-    def __init__(self, dim: int, heads: int, *, window: int = 8, shift: int = 0) -> None:
-        super().__init__()
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1 or dim % heads:
-            raise ValueError(f"ShiftedTiles: dim must be a multiple of heads, got {dim} and {heads!r}")
-        if not 0 <= shift < window:
-            raise ValueError(f"ShiftedTiles: shift must be in [0, {window}), got {shift}")
-        self.heads, self.window, self.shift = heads, window, shift
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.relative = RelativePositionBias2d(window, heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h, w = x.shape[1:3]
-        window = min(self.window, h), min(self.window, w)
-        shift = tuple(self.shift if side > self.window else 0 for side in (h, w))
-        padded = pad_to(x, window)
-        grid = padded.shape[1], padded.shape[2]
-        mask = None
-        if any(shift) or grid != (h, w):
-            zone = _zones((h, w), grid, window, shift).to(x.device)  # (nW, n)
-            mask = zone[:, :, None] == zone[:, None]
-        if any(shift):
-            padded = padded.roll((-shift[0], -shift[1]), (1, 2))
-        q, k, v = self.qkv(partition(padded, window)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(q, k, v, bias=self.relative(window), mask=mask).transpose(1, 2).flatten(2)
-        out = merge(out, window, grid)
-        if any(shift):
-            out = out.roll(shift, (1, 2))
-        return self.proj(out[:, :h, :w])
-
-    def extra_repr(self) -> str:
-        return f"heads={self.heads}, window={self.window}, shift={self.shift}"
-
-
-@lru_cache(maxsize=64)
-def _zones(sides: tuple, grid: tuple, window: tuple, shift: tuple) -> Tensor:
-    """(nW, n): cells of a window of the rolled map see each other when their numbers are equal."""
-    axes = []
-    for side, whole, moved in zip(sides, grid, shift, strict=True):
-        at = (torch.arange(whole) + moved) % whole  # the cell that stands at each place after the roll
-        wrapped = (torch.arange(whole) >= whole - moved).long() if moved else torch.zeros_like(at)
-        axes.append(wrapped + 2 * (at >= side).long())
-    zone = axes[0][:, None] * 4 + axes[1]
-    return partition(zone[None, :, :, None], window)[..., 0]
-
-
 class LaMambaBlock(nn.Module):
     """Scan, windows and MLP, one after another, each with shift, scale and gate from the condition (adaLN-zero).
 
@@ -227,7 +165,7 @@ class LaMambaBlock(nn.Module):
         if scan:
             branches.append(SelectiveScan2D(dim, expand=expand, state=state))
         if attention:
-            branches.append(ShiftedTiles(dim, heads, window=window, shift=shift))
+            branches.append(ShiftedWindowAttention(dim, heads, window, shift=shift))
         branches.append(Mlp(dim, int(dim * mlp_ratio)))
         self.branches = nn.ModuleList(branches)
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in branches)
@@ -242,22 +180,6 @@ class LaMambaBlock(nn.Module):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
             x = x + gate * branch(norm(x) * (1 + scale) + shift)
         return x
-
-
-class PatchMerge(nn.Module):
-    """Four neighbours become one cell: W LN((0,0), (1,0), (0,1), (1,1)).
-
-    Shape: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out).
-    """
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pad_to(x, 2)
-        cells = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
-        return self.reduction(self.norm(torch.cat(cells, -1)))
 
 
 class PatchExpand(nn.Module):
@@ -346,7 +268,7 @@ class LaMambaUNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, cond), nn.SiLU(), nn.Linear(cond, cond))
         self.classes = nn.Embedding(num_classes + 1, cond)
         self.down = nn.ModuleList(level(dim, depth) for dim, depth in zip(dims, depths, strict=True))
-        self.merges = nn.ModuleList(PatchMerge(dims[i], dims[i + 1]) for i in (0, 1))
+        self.merges = nn.ModuleList(PatchMerging(dims[i], dims[i + 1]) for i in (0, 1))
         self.middle = level(dims[-1], middle)
         self.up = nn.ModuleList(level(dims[i], depths[i] + 1, True) for i in (3, 2, 1, 0))
         self.expands = nn.ModuleList(PatchExpand(dim) for dim in (4 * base, 2 * base))
