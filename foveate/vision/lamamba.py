@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,23 +19,27 @@ SCAN_CHUNK = 8  # tokens that `recurrence` computes by one product: small, as th
 
 
 @lru_cache(maxsize=64)
-def snake_orders(h: int, w: int) -> tuple[Tensor, Tensor]:
+def _snakes(h: int, w: int) -> np.ndarray:
+    cells = np.arange(h * w).reshape(h, w)
+    rows = np.where(np.arange(h)[:, None] % 2 == 0, cells, cells[:, ::-1]).ravel()
+    columns = np.where(np.arange(w)[:, None] % 2 == 0, cells.T[:, ::-1], cells.T).ravel()
+    return np.stack([rows, rows[::-1], columns, columns[::-1]])
+
+
+def snake_orders(h: int, w: int, *, device: torch.device | str | None = "cpu") -> tuple[Tensor, Tensor]:
     """Four ways along all cells of a map in which consecutive cells touch, and their inverses; int64 (4, h w) each.
 
     Order 0 goes right in even rows and left in odd ones, from the top left; order 2 goes up in even columns and down in
     odd ones, from the bottom left; orders 1 and 3 are their reverses. orders[k, t] is the row-major number of the cell
-    at step t; inverse[k, cell] is its step: image[orders[k]][inverse[k]] is the image. Do not write to them.
+    at step t; inverse[k, cell] is its step: image[orders[k]][inverse[k]] is the image.
 
     >>> snake_orders(2, 3)[0].tolist()
     [[0, 1, 2, 5, 4, 3], [3, 4, 5, 2, 1, 0], [3, 0, 1, 4, 5, 2], [2, 5, 4, 1, 0, 3]]
     """
     if min(h, w) < 1:
         raise ValueError(f"snake_orders: sides must be >= 1, got {h} and {w}")
-    cells = torch.arange(h * w).view(h, w)
-    rows = torch.where(torch.arange(h)[:, None] % 2 == 0, cells, cells.flip(1)).flatten()
-    columns = torch.where(torch.arange(w)[:, None] % 2 == 0, cells.T.flip(1), cells.T).flatten()
-    orders = torch.stack([rows, rows.flip(0), columns, columns.flip(0)])
-    return orders, orders.argsort(1)
+    orders = _snakes(h, w)
+    return torch.tensor(orders, device=device), torch.tensor(orders.argsort(1), device=device)
 
 
 class SelectiveScan2D(nn.Module):
@@ -87,7 +92,7 @@ class SelectiveScan2D(nn.Module):
 
     def scanned(self, u: Tensor) -> Tensor:
         """sum_k y_k (B, N, Ci), in raster order, of u (B, Ci, H, W)."""
-        orders, inverse = (t.to(u.device) for t in snake_orders(*u.shape[2:]))
+        orders, inverse = snake_orders(u.shape[2], u.shape[3], device=u.device)
         n = orders.shape[1]
         along = u.flatten(2)[:, :, orders].transpose(1, 2)  # (B, 4, Ci, N)
         made = torch.einsum("bkcn,krc->bkrn", along, self.x_proj)

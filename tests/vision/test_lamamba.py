@@ -246,3 +246,22 @@ def test_errors_name_the_argument():
     ):
         with pytest.raises(ValueError, match=says):
             call()
+
+
+def test_the_unet_is_its_formula():
+    model, x, t, y = made(small), normal(2, 4, 6, 6), torch.tensor([5, 80]), torch.tensor([1, 3])
+    rates = 10_000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    waves = torch.cat([(t[:, None] * rates).cos(), (t[:, None] * rates).sin()], 1)
+    c = model.time[2](F.silu(model.time[0](waves))) + model.classes.weight[y]
+    a = model.embed_norm(model.embed(x).permute(0, 2, 3, 1)) + model.positions
+    a = model.down[0][0](a, c)  # 6 x 6
+    b = model.down[1][0](model.merges[0](a), c)  # 3 x 3
+    d = model.down[2][0](model.merges[1](b), c)  # 2 x 2
+    e = model.down[3][0](d, c)
+    z = e + model.middle[0](e, c)
+    for level, skip, expand in zip(model.up, (e, d, b, a), (None, None, *model.expands), strict=True):
+        z = z if expand is None else expand(z)[:, : skip.shape[1], : skip.shape[2]]
+        z = level[1](level[0](z + skip, c), c)
+    shift, scale = model.last_modulation(F.silu(model.last_cond(c))).unflatten(1, (2, 1, 1, 8)).unbind(1)
+    z = F.layer_norm(model.last_norm(model.last(z)), (8,), eps=1e-6) * (1 + scale) + shift
+    torch.testing.assert_close(model(x, t, y), model.out(z).permute(0, 3, 1, 2), atol=1e-6, rtol=1e-6)
