@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from foveate.vision import LaMambaBlock, LaMambaUNet, PatchExpand, SelectiveScan2D, lamamba_unet, snake_orders
+from foveate.vision.lamamba import scan
 
 GRIDS = [(4, 4), (8, 8), (5, 5), (7, 3), (2, 6), (1, 5), (5, 1)]
 
@@ -68,6 +69,17 @@ def looped(layer, x):
 def test_the_scan_is_its_loop(grid, state):
     layer, x = made(SelectiveScan2D, 6, state=state, rank=2), normal(2, *grid, 6)
     torch.testing.assert_close(layer(x), looped(layer, x), atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 63, 64, 65, 131])
+def test_the_chunked_recurrence_is_its_loop(n):
+    a, b = torch.sigmoid(normal(2, 3, n)), normal(2, 3, n, seed=1)
+    a[0, 0, n // 2] = 0.0
+    h, want = torch.zeros(2, 3, dtype=torch.float64), []
+    for t in range(n):
+        h = a[..., t] * h + b[..., t]
+        want.append(h)
+    torch.testing.assert_close(scan(a, b), torch.stack(want, -1), atol=1e-13, rtol=0)
 
 
 def test_an_impulse_without_the_skip():
