@@ -34,10 +34,10 @@ SIZES = (8, 20)  # pixels
 STEPS, BATCH, RATE, POSITIONS = 300, 32, 1e-2, 0.5  # chosen on full attention alone
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals, 360 digits held out, each 8 to 20 pixels large in the middle of 24 x 24, so "
-    "that the borders of four windows cut it; the cell in one corner names it. Gate: full attention names at least 0.7, "
-    "else open. Then all of: varied windows name more than the same layers with regressors held at zero, which are fixed "
-    "windows, plus 0.05; and the regressed scale of the corner's window, averaged over heads, axes and both layers, has "
-    "a rank correlation of more than 0.2 with the digit's side"
+    "that the borders of four windows cut it; the cell in one corner names it. Gate: full attention names at least "
+    "0.7, else open. Then all of: varied windows name more than the same layers with regressors held at zero, which are "
+    "fixed windows, plus 0.05; and the regressed scale of the corner's window, averaged over heads, axes and both "
+    "layers, has a rank correlation of more than 0.2 with the digit's side"
 )
 ARMS = {"full attention": (GRID, False), "fixed windows": (WINDOW, False), "varied windows": (WINDOW, True)}
 
