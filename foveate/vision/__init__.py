@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.swin import (
     PatchMerging,
     ShiftedWindowAttention,
@@ -16,13 +17,7 @@ from foveate.vision.swin import (
     swin_small,
     swin_tiny,
 )
-from foveate.vision.vsa import (
-    SwinVSA,
-    VariedSizeWindowAttention,
-    VSABlock,
-    swin_vsa_small,
-    swin_vsa_tiny,
-)
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -36,6 +31,8 @@ __all__ = [
     "VSABlock",
     "VariedSizeWindowAttention",
     "WindowAttention",
+    "WindowReach",
+    "explain_window",
     "multiply_adds",
     "parameters_of",
     "swin_base",

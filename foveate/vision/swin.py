@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,10 +14,28 @@ from torch.nn import functional as F
 
 from foveate.vision.backbone import Backbone
 from foveate.vision.blocks import DropPath, Mlp, drop_path_rates, init_
-from foveate.vision.windows import RelativePositionBias2d, attend, merge, pad_to, pair, partition
+from foveate.vision.windows import Pair, RelativePositionBias2d, attend, merge, pad_to, pair, partition
 
 Window = int | tuple[int, int]
 MakeBlock = Callable[[int, int, int, float], nn.Module]  # dim, heads, place in the stage, drop path
+
+
+@lru_cache(maxsize=64)
+def _mask(grid: Pair, window: Pair, shift: Pair, inside: bool, device: torch.device) -> Tensor:
+    """Pairs of the same region in each window, bool (windows, n, n); inside: no key outside the map."""
+    axes = []
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for others, whoever asks first
+        for n, w, s in zip(grid, window, shift, strict=True):
+            padded = -(-n // w) * w
+            at = (torch.arange(padded) + s) % padded  # the cell that the roll brought here
+            label = torch.div(at - s, w, rounding_mode="floor").view(-1, w)
+            same = label[:, :, None] == label[:, None, :]  # (windows of the axis, w, w)
+            axes.append(same & (at < n).view(-1, 1, w) if inside else same)
+        rows, columns = axes
+        both = (
+            rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
+        )  # (nH, nW, wh, ww, wh, ww)
+        return both.flatten(4).flatten(2, 3).flatten(0, 1).to(device)
 
 
 class ShiftedWindowAttention(nn.Module):
@@ -93,21 +112,7 @@ class ShiftedWindowAttention(nn.Module):
         ragged = self.edge == "mask" and any(n % w for n, w in zip(grid, window, strict=True))
         if not ragged and not any(shift):
             return None
-        rows, columns = (
-            self._axis_mask(n, w, s, device) for n, w, s in zip(grid, window, shift, strict=True)
-        )  # (windows per axis, w, w)
-        both = (
-            rows[:, None, :, None, :, None] & columns[None, :, None, :, None, :]
-        )  # (nH, nW, wh, ww, wh, ww)
-        return both.flatten(4).flatten(2, 3).flatten(0, 1)
-
-    def _axis_mask(self, n: int, w: int, s: int, device: torch.device | str | None) -> Tensor:
-        """Pairs of one axis, bool (ceil(n / w), w, w)."""
-        padded = -(-n // w) * w
-        at = (torch.arange(padded, device=device) + s) % padded  # the cell that the roll brought here
-        label = torch.div(at - s, w, rounding_mode="floor").view(-1, w)
-        same = label[:, :, None] == label[:, None, :]
-        return same & (at < n).view(-1, 1, w) if self.edge == "mask" else same
+        return _mask(grid, window, shift, self.edge == "mask", torch.device(device or "cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[3] != self.dim:
@@ -120,7 +125,7 @@ class ShiftedWindowAttention(nn.Module):
             x = x.roll((-shift[0], -shift[1]), (1, 2))
         qkv = self.qkv(partition(x, window))  # (B windows, n, 3 C)
         q, k, v = qkv.unflatten(2, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        bias = None if self.position is None else self.position(window)
+        bias = None if self.position is None else self.position.score(window)
         out = attend(q, k, v, bias=bias, mask=self.mask((h, w), device=x.device))
         out = merge(out.transpose(1, 2).flatten(2), window, padded)  # (B, h', w', C)
         if any(shift):
