@@ -24,8 +24,8 @@ COUNTS_IF = (
     "by gradients at random weights, exactly: four layers, every second shifted, carry every pixel of one corner of a "
     "6 x 6 map to the opposite corner, two such layers and four without shift carry none; and on a map of twice the "
     "side a cell sees as many keys as before. And trained, three seeds, paired, 95 % intervals, 360 held-out digits in "
-    "the middle, where the borders of four windows cut them: two layers, one of them shifted, name more from the corner "
-    "than two without shift, of as many parameters, plus 0.1, and more than full attention less 0.1. Gate: full "
+    "the middle, where the borders of four windows cut them: two layers, one of them shifted, name more from the "
+    "corner than two without shift, of as many parameters, plus 0.1, and more than full attention less 0.1. Gate: full "
     "attention names at least 0.8, else open"
 )
 ARMS = {"full attention": (GRID, 0), "one layer shifted": (WINDOW, 1), "no layer shifted": (WINDOW, 0)}
