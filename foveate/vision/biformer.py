@@ -260,6 +260,10 @@ class BiFormer(Backbone):
         drop_path: float = 0.1,
         features_only: bool = False,
     ) -> None:
+        if not len(dims) == len(depths) == len(ks) == 4:
+            raise ValueError(
+                f"BiFormer: dims, depths and ks must have four entries, got {dims}, {depths}, {ks}"
+            )
         super().__init__(
             channels=dims,
             strides=(4, 8, 16, 32),
@@ -267,10 +271,6 @@ class BiFormer(Backbone):
             in_channels=in_channels,
             features_only=features_only,
         )
-        if not len(dims) == len(depths) == len(ks) == 4:
-            raise ValueError(
-                f"BiFormer: dims, depths and ks must have four entries, got {dims}, {depths}, {ks}"
-            )
         if stem not in ("conv", "patch"):
             raise ValueError(f"BiFormer: stem must be 'conv' or 'patch', got {stem!r}")
         first = _conv_stem(in_channels, dims[0]) if stem == "conv" else _patch_stem(in_channels, dims[0])
