@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
+from foveate.vision.biformer import (
+    BiFormer,
+    BiFormerBlock,
+    BiLevelRoutingAttention,
+    InputPositionAttention,
+    biformer_base,
+    biformer_small,
+    biformer_stl,
+    biformer_tiny,
+    convert_biformer,
+)
 from foveate.vision.count import multiply_adds
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Backbone",
+    "BiFormer",
+    "BiFormerBlock",
+    "BiLevelRoutingAttention",
+    "InputPositionAttention",
     "RelativePositionBias2d",
     "WindowAttention",
+    "biformer_base",
+    "biformer_small",
+    "biformer_stl",
+    "biformer_tiny",
+    "convert_biformer",
     "multiply_adds",
     "parameters_of",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +276,7 @@ class BiFormer(Backbone):
             raise ValueError(f"BiFormer: stem must be 'conv' or 'patch', got {stem!r}")
         first = _conv_stem(in_channels, dims[0]) if stem == "conv" else _patch_stem(in_channels, dims[0])
         between = _conv_down if stem == "conv" else _patch_down
-        downs = [between(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)]
+        downs = [between(a, b) for a, b in pairwise(dims)]
         self.downsamples = nn.ModuleList([first, *downs])
         self.stages = nn.ModuleList(
             nn.Sequential(

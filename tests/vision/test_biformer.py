@@ -159,7 +159,10 @@ def test_grouped_heads_and_orders_give_the_same_set():
     order = tile_major((10, 9), chooser.cells)
     moved = RegionTopK((10, 9), 4, 3, order=order)
     assert torch.equal(chooser.select(q, k), moved.select(order.apply(q), order.apply(k)))
-    one, other = chooser.layout(q, k).to_dense()[0, 0], moved.layout(order.apply(q), order.apply(k)).to_dense()
+    one, other = (
+        chooser.layout(q, k).to_dense()[0, 0],
+        moved.layout(order.apply(q), order.apply(k)).to_dense(),
+    )
     assert torch.equal(other[0, 0], one[order.permutation][:, order.permutation])
 
 
@@ -215,10 +218,7 @@ def test_last_stage_attention():
     x = image(2, 3, 5, 16)
     q, k, v = (x.flatten(1, 2) @ made.qkv.weight.T).split(16, 2)
     out = torch.cat(
-        [
-            (q[..., p] @ k[..., p].mT * 8**-0.5).softmax(-1) @ v[..., p]
-            for p in (slice(0, 8), slice(8, 16))
-        ],
+        [(q[..., p] @ k[..., p].mT * 8**-0.5).softmax(-1) @ v[..., p] for p in (slice(0, 8), slice(8, 16))],
         2,
     ).view(2, 3, 5, 16)
     near = F.conv2d(x.permute(0, 3, 1, 2), made.lepe.weight, made.lepe.bias, padding=1, groups=16)
