@@ -15,6 +15,14 @@ from foveate.vision.biformer import (
     convert_biformer,
 )
 from foveate.vision.count import multiply_adds
+from foveate.vision.sparsifiner import (
+    LowRankConnectivity,
+    Sparsifiner,
+    SparsifinerAttention,
+    SparsifinerBlock,
+    reconstruct_attention,
+    sparsifiner_small,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -23,7 +31,11 @@ __all__ = [
     "BiFormerBlock",
     "BiLevelRoutingAttention",
     "InputPositionAttention",
+    "LowRankConnectivity",
     "RelativePositionBias2d",
+    "Sparsifiner",
+    "SparsifinerAttention",
+    "SparsifinerBlock",
     "WindowAttention",
     "biformer_base",
     "biformer_small",
@@ -32,4 +44,6 @@ __all__ = [
     "convert_biformer",
     "multiply_adds",
     "parameters_of",
+    "reconstruct_attention",
+    "sparsifiner_small",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -442,28 +442,74 @@ class Sparsifiner(Backbone):
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         if self.features_only:
             return self.forward_features(images)
-        x = self.tokens(images)[0][:, 0]
-        x = x if self.norm is None else self.norm(x)
-        return x if self.head is None else self.head(x)
+        return self._classified(self.tokens(images)[0])
+
+    def dense(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(scores, the weights (B, H, n, n) of each layer) with full attention everywhere: the model as a teacher."""
+        x, found = self.embed(images)[0], []
+        for block in self.blocks:
+            assert isinstance(block, SparsifinerBlock)
+            x, weights = block.dense(x)
+            found.append(weights)
+        return self._classified(x), found
 
     def reconstruction(self, images: Tensor, teacher: Sequence[Tensor] | None = None) -> Tensor:
         """The loss that fits the predictors: `SparsifinerAttention.reconstruction`, averaged over layers.
 
-        All layers use full attention. Only for images of the size that the model was made for.
+        All layers use full attention.
 
         Args:
-            teacher: weights (B, H, n, n) of each layer of a frozen dense model; None: this model's own.
+            teacher: weights (B, H, n, n) of each layer of a frozen model (`dense`); None: this model's own.
         """
         x, grid = self.embed(images)
-        if grid != self.grid:
-            raise ValueError(f"Sparsifiner: reconstruction needs a grid of {self.grid} patches, got {grid}")
         losses = []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, SparsifinerBlock)
             before = block.norm1(x)
             x, weights = block.dense(x)
-            losses.append(block.attn.reconstruction(before, weights if teacher is None else teacher[number]))
+            wanted = weights if teacher is None else teacher[number]
+            losses.append(block.attn.reconstruction(before, wanted, grid=grid))
         return torch.stack(losses).mean()
+
+    def _classified(self, x: Tensor) -> Tensor:
+        x = x[:, 0] if self.norm is None else self.norm(x[:, 0])
+        return x if self.head is None else self.head(x)
+
+
+def reconstruct_attention(
+    model: Sparsifiner,
+    images: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float = 3e-4,
+    teacher: Sparsifiner | None = None,
+) -> list[float]:
+    """Fit the predictors of a model to its own dense attention, or a teacher's, and nothing else; the losses.
+
+    Args:
+        images: step -> (B, in_channels, H, W).
+        steps, lr: of Adam on the parameters of the predictors.
+        teacher: a model of the same shape, in eval mode.
+
+    >>> model = Sparsifiner(dim=16, depth=1, heads=2, image=16, patch=4, num_classes=3)
+    >>> x = torch.randn(2, 3, 16, 16)
+    >>> losses = reconstruct_attention(model, lambda step: x, steps=5, lr=1e-2)
+    >>> losses[-1] < losses[0]
+    True
+    """
+    fitted = [p for m in model.modules() if isinstance(m, LowRankConnectivity) for p in m.parameters()]
+    optimizer, losses = torch.optim.Adam(fitted, lr=lr), []
+    for step in range(steps):
+        batch, maps = images(step), None
+        if teacher is not None:
+            with torch.no_grad():
+                maps = teacher.dense(batch)[1]
+        loss = model.reconstruction(batch, maps)
+        for p, gradient in zip(fitted, torch.autograd.grad(loss, fitted), strict=True):
+            p.grad = gradient
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def sparsifiner_small(

@@ -14,6 +14,7 @@ from foveate.vision.sparsifiner import (
     LowRankConnectivity,
     Sparsifiner,
     SparsifinerAttention,
+    reconstruct_attention,
     sparsifiner_small,
 )
 
@@ -144,24 +145,33 @@ def test_reconstruction_is_the_summed_squared_error():
         for h in range(2)
         for i in range(16)
     )
-    assert float(made.reconstruction(x, weights)) == pytest.approx(want, rel=1e-12)
+    assert float(made.reconstruction(x, weights).detach()) == pytest.approx(want, rel=1e-12)
 
 
-def test_fitting_lowers_the_error():
+@pytest.mark.parametrize("taught", [True, False])
+def test_fitting_lowers_the_error_and_moves_only_the_predictors(taught):
     torch.manual_seed(0)
-    model = Sparsifiner(dim=16, depth=2, heads=2, image=16, patch=4, num_classes=3, reduce_n=3)
+    model, teacher = (
+        Sparsifiner(dim=16, depth=2, heads=2, image=16, patch=4, num_classes=3, reduce_n=3) for _ in range(2)
+    )
     images = torch.randn(4, 3, 16, 16)
-    optimizer = torch.optim.Adam((p for b in model.blocks for p in b.attn.predictor.parameters()), lr=1e-2)
-    losses = []
-    for _ in range(15):
-        loss = model.reconstruction(images)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = reconstruct_attention(
+        model, lambda step: images, steps=10, lr=1e-2, teacher=teacher if taught else None
+    )
     assert losses[-1] < 0.8 * losses[0]
-    with pytest.raises(ValueError, match=r"reconstruction needs a grid of \(4, 4\) patches, got \(4, 5\)"):
-        model.reconstruction(torch.randn(1, 3, 16, 20))
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".predictor." in name}
+    assert all(p.grad is None for name, p in model.named_parameters() if ".predictor." not in name)
+    want = model.reconstruction(images, (teacher if taught else model).dense(images)[1])
+    assert float(model.reconstruction(images, teacher.dense(images)[1] if taught else None)) == float(want)
+
+
+def test_dense_is_what_keeping_all_gives():
+    torch.manual_seed(0)
+    model = Sparsifiner(dim=16, depth=2, heads=2, image=16, patch=4, num_classes=3, keep=1.0).double()
+    images = torch.randn(2, 3, 16, 20, dtype=torch.double)
+    torch.testing.assert_close(model.dense(images)[0], model(images), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("lead", [True, False])
@@ -234,10 +244,17 @@ def test_any_size(size):
     model = Sparsifiner(dim=16, depth=1, heads=2, image=16, patch=4, num_classes=3).eval()
     x = torch.randn(2, 3, *size)
     assert model(x).shape == (2, 3)
+    other = Sparsifiner(dim=16, depth=1, heads=2, image=16, patch=4, features_only=True).eval()
+    kept = {name: p for name, p in model.state_dict().items() if name in other.state_dict()}
+    other.load_state_dict(kept)
+    assert torch.equal(other(x)[0], model.forward_features(x)[0])
     assert model.forward_features(x)[0].shape == (2, 16, -(-size[0] // 4), -(-size[1] // 4))
 
 
 def test_strides_batch_and_gradients():
+    assert Sparsifiner(dim=16, depth=1, heads=2, image=16, patch=4, num_classes=0)(
+        torch.zeros(2, 3, 16, 16)
+    ).shape == (2, 16)
     made = layer(grid=(2, 3), keep=0.5)
     (x,) = tensors(3, 16, 7, count=1)
     x = x.mT
