@@ -302,16 +302,27 @@ class TokenAggregationBlock(nn.Module):
     """x += W TokenAggregationAttention(LN x); x += ConvFFN(LN x), on (B, H, W, C). W is a 1 x 1 convolution.
 
     Args:
-        dim, heads, qk_dim, m, group, iters: as in `TokenAggregationAttention`.
+        dim, heads, qk_dim, m, group, decay, iters: as in `TokenAggregationAttention`.
         hidden: width of the ConvFFN.
     """
 
     def __init__(
-        self, dim: int, heads: int, *, qk_dim: int, hidden: int, m: int, group: int, iters: int = 5
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qk_dim: int,
+        hidden: int,
+        m: int,
+        group: int,
+        decay: float = 0.999,
+        iters: int = 5,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = TokenAggregationAttention(dim, heads, qk_dim=qk_dim, m=m, group=group, iters=iters)
+        self.attn = TokenAggregationAttention(
+            dim, heads, qk_dim=qk_dim, m=m, group=group, decay=decay, iters=iters
+        )
         self.mix = nn.Conv2d(dim, dim, 1, bias=False)
         self.ffn = ConvFFN(dim, hidden)
 
@@ -348,7 +359,7 @@ class CATANet(nn.Module):
         scale: 2, 3 or 4, how much larger each side becomes.
         dim, qk_dim, hidden, heads: widths of tokens, of queries and keys, of the ConvFFNs; heads.
         centres: m of each block; groups, patches, of each block likewise.
-        iters: as in `TokenCentres`.
+        decay, iters: as in `TokenCentres`.
         aggregation: with the blocks of token aggregation.
         in_channels: of the images.
 
@@ -372,6 +383,7 @@ class CATANet(nn.Module):
         centres: Sequence[int] = (16, 32, 64, 128) * 2,
         groups: Sequence[int] = (256, 128, 64, 32) * 2,
         patches: Sequence[int] = (16, 20, 24, 28) * 2,
+        decay: float = 0.999,
         iters: int = 5,
         aggregation: bool = True,
         in_channels: int = 3,
@@ -387,7 +399,9 @@ class CATANet(nn.Module):
         self.scale, self.in_channels = scale, in_channels
         self.first = nn.Conv2d(in_channels, dim, 3, padding=1)
         self.aggregations = nn.ModuleList(
-            TokenAggregationBlock(dim, heads, qk_dim=qk_dim, hidden=hidden, m=m, group=group, iters=iters)
+            TokenAggregationBlock(
+                dim, heads, qk_dim=qk_dim, hidden=hidden, m=m, group=group, decay=decay, iters=iters
+            )
             if aggregation
             else nn.Identity()
             for m, group in zip(centres, groups, strict=True)
@@ -424,9 +438,19 @@ class CATANet(nn.Module):
         return self.last(self.ups(x + start)) + plain
 
 
-def catanet(scale: int = 4, *, in_channels: int = 3) -> CATANet:
-    """The published network: 477,435 parameters for a scale of 2, 549,635 for 3, 535,195 for 4."""
-    return CATANet(scale, in_channels=in_channels)
+def catanet_x2(*, in_channels: int = 3) -> CATANet:
+    """The published network that doubles the sides: 477,435 parameters."""
+    return CATANet(2, in_channels=in_channels)
+
+
+def catanet_x3(*, in_channels: int = 3) -> CATANet:
+    """The published network for a scale of 3: 549,635 parameters."""
+    return CATANet(3, in_channels=in_channels)
+
+
+def catanet_x4(*, in_channels: int = 3) -> CATANet:
+    """The published network for a scale of 4: 535,195 parameters."""
+    return CATANet(4, in_channels=in_channels)
 
 
 # --------------------------------------------------------------------------------------------------- parts
