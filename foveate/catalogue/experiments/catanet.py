@@ -18,11 +18,8 @@ from foveate.catalogue.lab.tasks import generator
 from foveate.patterns import Neighborhood
 from foveate.vision import SortedClusters, TokenCentres
 
-SIDE, PATCH, NOISE = (
-    48,
-    5,
-    0.1,
-)  # tokens are the 5 x 5 x 3 pixels around each pixel of a noisy crop, normed: 75 numbers
+SIDE, PATCH, NOISE = 48, 5, 0.03
+# tokens: the 5 x 5 x 3 pixels around each pixel of a noisy crop, normed, 75 numbers
 GROUP, CENTRES, WINDOW = 32, 32, 9  # 64 keys in the slices of a token, 81 in the window
 STEPS, BATCH, CROPS = 40, 4, 12
 COUNTS_IF = (
