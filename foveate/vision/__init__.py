@@ -27,6 +27,7 @@ from foveate.vision.catanet import (
     catanet_x4,
 )
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.sparsifiner import (
     LowRankConnectivity,
     Sparsifiner,
@@ -35,6 +36,19 @@ from foveate.vision.sparsifiner import (
     reconstruct_attention,
     sparsifiner_small,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -47,15 +61,23 @@ __all__ = [
     "LowRankConnectivity",
     "OverlapPatchAttention",
     "OverlapPatchBlock",
+    "PatchMerging",
     "RelativePositionBias2d",
+    "ShiftedWindowAttention",
     "SortedClusters",
     "Sparsifiner",
     "SparsifinerAttention",
     "SparsifinerBlock",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
     "TokenAggregationAttention",
     "TokenAggregationBlock",
     "TokenCentres",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "WindowAttention",
+    "WindowReach",
     "biformer_base",
     "biformer_small",
     "biformer_stl",
@@ -64,8 +86,17 @@ __all__ = [
     "catanet_x3",
     "catanet_x4",
     "convert_biformer",
+    "explain_window",
     "multiply_adds",
     "parameters_of",
     "reconstruct_attention",
     "sparsifiner_small",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
 ]
