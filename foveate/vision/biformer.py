@@ -122,7 +122,12 @@ class BiLevelRoutingAttention(nn.Module):
             real = cells(q.new_ones(1, *shape, 1))[:, :, 0] > 0  # (R, n)
             mask = real[chosen].flatten(2).flatten(0, 1)[:, None].expand(-1, rows * columns, -1)
         out = attend(
-            split(cells(q)), split(gather(cells(k))), split(gather(cells(v))), mask=mask, scale=self.scale
+            split(cells(q)),
+            split(gather(cells(k))),
+            split(gather(cells(v))),
+            mask=mask,
+            scale=self.scale,
+            engine="auto" if mask is None else "dense",  # a mask that changes is not worth a layout
         )
         out = merge(out.transpose(1, 2).flatten(2), (rows, columns), grid)
         return out[:, : shape[0], : shape[1]]
