@@ -109,7 +109,8 @@ def attend(
             gives 0. Keep the tensor where it is used again: its layout is made once.
         scale: default d^-0.5.
         engine: "native": `foveate.attention`, first derivatives only; "dense": batched matrix products; "auto": native
-            on CPU in float32 and bfloat16 from two queries and nine keys on, where it is measured faster, else dense.
+            on CPU in float32 and bfloat16 from nine keys on, where it is measured faster, else dense, as for groups of
+            one query.
 
     Returns:
         (G, heads, n, e)
