@@ -117,14 +117,16 @@ def attend(
     some = mask.any(2, keepdim=True)  # (W, n, 1)
     groups = logits.unflatten(0, (-1, mask.shape[0]))  # (G / W, W, heads, n, m)
     weights = groups.masked_fill((some & ~mask)[:, None], -torch.inf).softmax(4)
-    if not bool(some.all()):
+    if some.is_meta or not bool(some.all()):
         weights = weights * some[:, None]
     return weights.flatten(0, 1) @ v
 
 
 @lru_cache(maxsize=64)
 def _index(window: Pair) -> Tensor:
-    at = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij")).flatten(1)  # (2, n)
+    at = torch.stack(torch.meshgrid(*(torch.arange(n, device="cpu") for n in window), indexing="ij")).flatten(
+        1
+    )  # (2, n)
     apart = at[:, :, None] - at[:, None]  # query - key
     return (apart[0] + window[0] - 1) * (2 * window[1] - 1) + apart[1] + window[1] - 1
 

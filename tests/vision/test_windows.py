@@ -228,3 +228,15 @@ def test_windows_are_counted_by_their_pairs():
     for device in ("cpu", "meta"):
         with torch.device(device):
             assert multiply_adds(Images(), (8, 12), in_channels=8) == 96 * (4 * 8 * 8 + 2 * 16 * 8)
+
+
+def test_masks_run_on_the_meta_device():
+    q = torch.empty(2, 1, 3, 4, device="meta")
+    mask = torch.empty(2, 3, 3, dtype=torch.bool, device="meta")
+    assert attend(q, q, q, mask=mask).shape == q.shape
+
+
+def test_a_model_made_on_the_meta_device_leaves_no_index_there():
+    with torch.device("meta"):
+        relative_index((2, 11))
+    assert relative_index((2, 11)).device.type == "cpu"
