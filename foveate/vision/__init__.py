@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.crossformer import (
+    CrossFormer,
+    CrossFormerBlock,
+    CrossScaleEmbed,
+    DynamicPositionBias,
+    LSDAttention,
+    crossformer_base,
+    crossformer_from_official,
+    crossformer_large,
+    crossformer_pp_small,
+    crossformer_small,
+    crossformer_tiny,
+)
 from foveate.vision.maxvit import (
     BlockAttention,
     GridAttention,
@@ -22,12 +35,23 @@ from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 __all__ = [
     "Backbone",
     "BlockAttention",
+    "CrossFormer",
+    "CrossFormerBlock",
+    "CrossScaleEmbed",
+    "DynamicPositionBias",
     "GridAttention",
+    "LSDAttention",
     "MBConv",
     "MaxViT",
     "MaxViTBlock",
     "RelativePositionBias2d",
     "WindowAttention",
+    "crossformer_base",
+    "crossformer_from_official",
+    "crossformer_large",
+    "crossformer_pp_small",
+    "crossformer_small",
+    "crossformer_tiny",
     "maxvit_base",
     "maxvit_from_timm",
     "maxvit_large",
