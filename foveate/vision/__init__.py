@@ -30,6 +30,7 @@ from foveate.vision.maxvit import (
     maxvit_tiny,
     maxvit_xlarge,
 )
+from foveate.vision.vwa import VaryingWindowAttention, VWFormerDecoder, context_places
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -45,7 +46,10 @@ __all__ = [
     "MaxViT",
     "MaxViTBlock",
     "RelativePositionBias2d",
+    "VWFormerDecoder",
+    "VaryingWindowAttention",
     "WindowAttention",
+    "context_places",
     "crossformer_base",
     "crossformer_from_official",
     "crossformer_large",

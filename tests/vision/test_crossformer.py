@@ -235,6 +235,15 @@ def test_maps_of_any_image(shape):
     torch.testing.assert_close(model(images), logits)
 
 
+def test_a_norm_follows_the_first_embedding_and_goes_before_the_others():
+    model, images = tiny(), torch.randn(1, 3, 24, 16)
+    first, second = model.forward_features(images)
+    x = model.stages[0](model.norms[0](model.embeds[0](images).permute(0, 2, 3, 1)))
+    torch.testing.assert_close(first, x.permute(0, 3, 1, 2))
+    x = model.stages[1](model.embeds[1](model.norms[1](x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    torch.testing.assert_close(second, x.permute(0, 3, 1, 2))
+
+
 def test_names_of_the_released_code():
     released = {
         "patch_embed.projs.3.weight": "embeds.0.convs.3.weight",
