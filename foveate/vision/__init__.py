@@ -17,6 +17,7 @@ from foveate.vision.crossformer import (
     crossformer_small,
     crossformer_tiny,
 )
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.maxvit import (
     BlockAttention,
     GridAttention,
@@ -30,6 +31,19 @@ from foveate.vision.maxvit import (
     maxvit_tiny,
     maxvit_xlarge,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.vwa import VaryingWindowAttention, VWFormerDecoder, context_places
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
@@ -45,10 +59,18 @@ __all__ = [
     "MBConv",
     "MaxViT",
     "MaxViTBlock",
+    "PatchMerging",
     "RelativePositionBias2d",
+    "ShiftedWindowAttention",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
+    "VSABlock",
     "VWFormerDecoder",
+    "VariedSizeWindowAttention",
     "VaryingWindowAttention",
     "WindowAttention",
+    "WindowReach",
     "context_places",
     "crossformer_base",
     "crossformer_from_official",
@@ -56,6 +78,7 @@ __all__ = [
     "crossformer_pp_small",
     "crossformer_small",
     "crossformer_tiny",
+    "explain_window",
     "maxvit_base",
     "maxvit_from_timm",
     "maxvit_large",
@@ -64,4 +87,12 @@ __all__ = [
     "maxvit_xlarge",
     "multiply_adds",
     "parameters_of",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
 ]
