@@ -39,14 +39,19 @@ def context_places(cells: int, window: int, ratio: int, edge: str = "clamped") -
         raise ValueError(f"context_places: edge must be one of {', '.join(EDGES)}, got {edge!r}")
     side = ratio * window
     around = -(-(ratio - 1) * window // 2)  # places before the window, rounded up
-    place = torch.arange(cells, device="cpu")
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for others, whoever asks first
+        return _places(cells, window, side, around, edge)
+
+
+def _places(cells: int, window: int, side: int, around: int, edge: str) -> Tensor:
+    place = torch.arange(cells)
     if side > cells:  # zeros around the map, more of them at its end
         before = (side - cells) // 2
         place = F.pad(place, (before, side - cells - before), value=-1)
     if edge == "clamped":
-        own = torch.arange(cells // window, device="cpu") * window
+        own = torch.arange(cells // window) * window
         first = (own - around).clamp(0, len(place) - side)
-        return place[first[:, None] + torch.arange(side, device="cpu")]
+        return place[first[:, None] + torch.arange(side)]
     left, right = place[side - around : side], place[len(place) - side :][:around]
     return torch.cat([left, place[place >= 0], right]).unfold(0, side, window)
 
