@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
+from foveate.vision.convit import (
+    GPSA,
+    ConViT,
+    ConViTBlock,
+    attention_distance,
+    convit_base,
+    convit_small,
+    convit_tiny,
+    gated_positional_attention,
+    locality_gates,
+    positional_factors,
+)
 from foveate.vision.count import multiply_adds
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
+    "GPSA",
     "Backbone",
+    "ConViT",
+    "ConViTBlock",
     "RelativePositionBias2d",
     "WindowAttention",
+    "attention_distance",
+    "convit_base",
+    "convit_small",
+    "convit_tiny",
+    "gated_positional_attention",
+    "locality_gates",
     "multiply_adds",
     "parameters_of",
+    "positional_factors",
 ]

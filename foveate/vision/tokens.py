@@ -1,0 +1,102 @@
+"""What isotropic vision transformers share: patches, attention among all tokens, a class token that is read out."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core.attention import attention
+from foveate.vision.backbone import Backbone
+from foveate.vision.blocks import init_
+
+
+def pad_images(images: Tensor, multiple: int) -> Tensor:
+    """Images (B, C, H, W) with zeros right and bottom, so that both sides are multiples.
+
+    >>> pad_images(torch.ones(1, 3, 17, 32), 16).shape
+    torch.Size([1, 3, 32, 32])
+    """
+    h, w = images.shape[-2:]
+    return F.pad(images, (0, -w % multiple, 0, -h % multiple)) if h % multiple or w % multiple else images
+
+
+class PatchEmbed(nn.Module):
+    """Square patches without overlap, each one linear map: (B, C, H, W) -> (B, H / patch, W / patch, dim).
+
+    Sides that are not multiples of the patch are padded with zeros, right and bottom.
+
+    >>> PatchEmbed(3, 8, 16)(torch.randn(1, 3, 33, 64)).shape
+    torch.Size([1, 3, 4, 8])
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels, dim, patch, stride=patch)
+        init_(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(pad_images(images, self.patch)).permute(0, 2, 3, 1)
+
+
+class TokenAttention(nn.Module):
+    """Softmax attention among all tokens: (B, N, C) -> (B, N, C), or (B, H, W, C) -> (B, H, W, C).
+
+        out = concat_h(softmax(Q_h K_h^T / sqrt(D)) V_h) W_O
+
+    Args:
+        dim: C; heads: H.
+        bias: of the query, key and value maps; the output map always has one.
+
+    >>> TokenAttention(32, 4)(torch.randn(2, 10, 32)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    def __init__(self, dim: int, heads: int, *, bias: bool = False) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"TokenAttention: dim must be a multiple of heads, got {dim} and {heads}")
+        self.dim, self.heads, self.head_dim = dim, heads, dim // heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim)
+        init_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim not in (3, 4) or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"TokenAttention: x must be (B, N, {self.dim}) or (B, H, W, {self.dim}), got {tuple(x.shape)}"
+            )
+        qkv = self.qkv(x).flatten(1, -2)  # (B, N, 3 C)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(cast(Tensor, attention(q, k, v)).transpose(1, 2).flatten(2)).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, heads={self.heads}"
+
+
+class ClassTokenBackbone(Backbone):
+    """A backbone that reads out a class token: `forward_tokens` gives it beside the map.
+
+    `forward_head` on maps alone is refused, since they do not hold the class token.
+    """
+
+    def forward_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token (B, C) and the map (B, H, W, C) after the last block, before the norm."""
+        raise NotImplementedError
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        return [self.forward_tokens(images)[1].permute(0, 3, 1, 2)]
+
+    def forward_head(self, maps: list[Tensor]) -> Tensor:
+        raise NotImplementedError(
+            f"{type(self).__name__}: the class token is read out, and maps do not hold it; call the model on images"
+        )
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        if self.features_only:
+            return self.forward_features(images)
+        token = self.forward_tokens(images)[0]
+        token = token if self.norm is None else self.norm(token)
+        return token if self.head is None else self.head(token)
