@@ -108,13 +108,12 @@ def run(lab: Lab) -> Finding:
     mean = {at: interval(f"recognised: {at[0]}, {at[1]:g} of the images", v) for at, v in found.items()}
     few, most = SHARES[0], SHARES[-1]
     gain = {
-        share: difference(f"GPSA - attention, {share:g}", found["GPSA", share], found["attention", share])
-        for share in SHARES
+        s: difference(f"GPSA - attention, {s:g}", found["GPSA", s], found["attention", s]) for s in SHARES
     }
-    apart = [
-        [a - b for a, b in zip(found["GPSA", s], found["attention", s], strict=True)] for s in (few, most)
-    ]
-    larger = difference("gain with a tenth - gain with all", *apart)
+    gained = {
+        s: [a - b for a, b in zip(found["GPSA", s], found["attention", s], strict=True)] for s in SHARES
+    }
+    larger = difference("gain with a tenth - gain with all", gained[few], gained[most])
     start = difference("GPSA - GPSA from random, 0.1", found["GPSA", few], found["GPSA from random", few])
     positional, mixed, plain = at_first()
     verdict = OPEN
