@@ -16,15 +16,28 @@ from foveate.vision.convit import (
     positional_factors,
 )
 from foveate.vision.count import multiply_adds
+from foveate.vision.tnt import (
+    TNT,
+    TNTBlock,
+    WordAttention,
+    WordEmbed,
+    tnt_base,
+    tnt_small,
+    tnt_tiny,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "GPSA",
+    "TNT",
     "Backbone",
     "ConViT",
     "ConViTBlock",
     "RelativePositionBias2d",
+    "TNTBlock",
     "WindowAttention",
+    "WordAttention",
+    "WordEmbed",
     "attention_distance",
     "convit_base",
     "convit_small",
@@ -34,4 +47,7 @@ __all__ = [
     "multiply_adds",
     "parameters_of",
     "positional_factors",
+    "tnt_base",
+    "tnt_small",
+    "tnt_tiny",
 ]

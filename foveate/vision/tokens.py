@@ -15,6 +15,7 @@ from foveate.vision.blocks import init_
 def pad_images(images: Tensor, multiple: int) -> Tensor:
     """Images (B, C, H, W) with zeros right and bottom, so that both sides are multiples.
 
+    >>> import torch
     >>> pad_images(torch.ones(1, 3, 17, 32), 16).shape
     torch.Size([1, 3, 32, 32])
     """
@@ -27,6 +28,7 @@ class PatchEmbed(nn.Module):
 
     Sides that are not multiples of the patch are padded with zeros, right and bottom.
 
+    >>> import torch
     >>> PatchEmbed(3, 8, 16)(torch.randn(1, 3, 33, 64)).shape
     torch.Size([1, 3, 4, 8])
     """
@@ -50,6 +52,7 @@ class TokenAttention(nn.Module):
         dim: C; heads: H.
         bias: of the query, key and value maps; the output map always has one.
 
+    >>> import torch
     >>> TokenAttention(32, 4)(torch.randn(2, 10, 32)).shape
     torch.Size([2, 10, 32])
     """
@@ -57,7 +60,7 @@ class TokenAttention(nn.Module):
     def __init__(self, dim: int, heads: int, *, bias: bool = False) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
-            raise ValueError(f"TokenAttention: dim must be a multiple of heads, got {dim} and {heads}")
+            raise ValueError(f"{type(self).__name__}: dim must be a multiple of heads, got {dim} and {heads}")
         self.dim, self.heads, self.head_dim = dim, heads, dim // heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
@@ -66,11 +69,15 @@ class TokenAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim not in (3, 4) or x.shape[-1] != self.dim:
             raise ValueError(
-                f"TokenAttention: x must be (B, N, {self.dim}) or (B, H, W, {self.dim}), got {tuple(x.shape)}"
+                f"{type(self).__name__}: x must be (B, N, {self.dim}) or (B, H, W, {self.dim}), got {tuple(x.shape)}"
             )
         qkv = self.qkv(x).flatten(1, -2)  # (B, N, 3 C)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(cast(Tensor, attention(q, k, v)).transpose(1, 2).flatten(2)).reshape(x.shape)
+        return self.proj(self.mix(q, k, v).transpose(1, 2).flatten(2)).reshape(x.shape)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, heads, N, D) of three such; for layers that attend otherwise."""
+        return cast(Tensor, attention(q, k, v))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}"
