@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 from torch import Tensor, nn
@@ -83,27 +84,30 @@ class TokenAttention(nn.Module):
         return f"dim={self.dim}, heads={self.heads}"
 
 
-class ClassTokenBackbone(Backbone):
-    """A backbone that reads out a class token: `forward_tokens` gives it beside the map.
+class Maps(list[Tensor]):
+    """Maps with the class token (B, C) beside them, for `ClassTokenBackbone.forward_head`."""
 
-    `forward_head` on maps alone is refused, since they do not hold the class token.
-    """
+    def __init__(self, maps: Iterable[Tensor], token: Tensor) -> None:
+        super().__init__(maps)
+        self.token = token
+
+
+class ClassTokenBackbone(Backbone):
+    """A backbone that reads out a class token: a subclass writes `forward_tokens`, which gives it beside the map."""
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The class token (B, C) and the map (B, H, W, C) after the last block, before the norm."""
         raise NotImplementedError
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        return [self.forward_tokens(images)[1].permute(0, 3, 1, 2)]
+        token, x = self.forward_tokens(images)
+        return Maps([x.permute(0, 3, 1, 2)], token)
 
-    def forward_head(self, maps: list[Tensor]) -> Tensor:
-        raise NotImplementedError(
-            f"{type(self).__name__}: the class token is read out, and maps do not hold it; call the model on images"
-        )
-
-    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        if self.features_only:
-            return self.forward_features(images)
-        token = self.forward_tokens(images)[0]
-        token = token if self.norm is None else self.norm(token)
-        return token if self.head is None else self.head(token)
+    def pool(self, maps: list[Tensor]) -> Tensor:
+        """(B, C): `norm` of the class token, which `forward_features` gives with its maps."""
+        if not isinstance(maps, Maps):
+            raise TypeError(
+                f"{type(self).__name__}: the class token is read out; maps must come from forward_features, "
+                f"got {type(maps).__name__}"
+            )
+        return maps.token if self.norm is None else self.norm(maps.token)

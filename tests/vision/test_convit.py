@@ -239,8 +239,11 @@ def test_uses_of_the_model():
     (features,) = tiny(features_only=True)(images)
     assert features.shape == (2, 16, 5, 6)
     pooled = ConViT(dim=16, heads=4, depth=2, local=1, patch=4, size=16, num_classes=0)
-    assert pooled(images).shape == (2, 16)
-    with pytest.raises(NotImplementedError, match="ConViT: the class token is read out"):
+    assert pooled.eval()(images).shape == (2, 16)
+    torch.testing.assert_close(pooled.forward_head(pooled.forward_features(images)), pooled(images))
+    with pytest.raises(
+        TypeError, match="ConViT: the class token is read out; maps must come from forward_feat"
+    ):
         pooled.forward_head([features])
 
 

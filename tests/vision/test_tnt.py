@@ -94,7 +94,17 @@ def test_the_block_is_its_definition(legacy):
 @pytest.mark.parametrize("legacy", [False, True])
 def test_the_model_is_its_definition(legacy):
     model = stirred(
-        TNT(dim=12, inner_dim=6, heads=3, inner_heads=2, depth=2, patch=8, size=16, num_classes=4, legacy=legacy)
+        TNT(
+            dim=12,
+            inner_dim=6,
+            heads=3,
+            inner_heads=2,
+            depth=2,
+            patch=8,
+            size=16,
+            num_classes=4,
+            legacy=legacy,
+        )
     )
     images = normal(2, 3, 16, 24)
     places = F.interpolate(model.positions.permute(0, 3, 1, 2), (2, 3), mode="bicubic")[0].flatten(1).T
@@ -123,7 +133,9 @@ def test_words_attend_within_their_patch():
 
 def changed(legacy):
     """Which words (patch row, patch column, word row, word column) change when the pixels of patch (1, 1) do."""
-    model = stirred(TNT(dim=12, inner_dim=6, heads=3, inner_heads=2, depth=2, size=48, num_classes=4, legacy=legacy))
+    model = stirred(
+        TNT(dim=12, inner_dim=6, heads=3, inner_heads=2, depth=2, size=48, num_classes=4, legacy=legacy)
+    )
     images = normal(1, 3, 48, 48)
     other = images.clone()
     other[:, :, 16:32, 16:32] += normal(3, 16, 16, seed=1)
@@ -155,14 +167,18 @@ def test_legacy_words_look_three_pixels_back():
 
 
 def test_without_what_words_say_it_is_a_plain_transformer():
-    model = stirred(TNT(dim=12, inner_dim=6, heads=3, inner_heads=2, depth=2, patch=8, size=16, num_classes=4))
+    model = stirred(
+        TNT(dim=12, inner_dim=6, heads=3, inner_heads=2, depth=2, patch=8, size=16, num_classes=4)
+    )
     for block in model.blocks:
         nn.init.zeros_(block.word_proj.weight)
         nn.init.zeros_(block.patch_norm.bias)
     images = normal(2, 3, 16, 16)
     words = model.embed(images) + model.word_positions
     z = model.patch_norm(model.word_proj(model.word_norm(words.flatten(1)))).view(2, 4, 12)
-    z = torch.cat([(model.class_token + model.class_position).expand(2, 1, 12), z + model.positions.flatten(1, 2)], 1)
+    z = torch.cat(
+        [(model.class_token + model.class_position).expand(2, 1, 12), z + model.positions.flatten(1, 2)], 1
+    )
     for block in model.blocks:
         z = z + torch.stack([attended(block.attention, one) for one in block.norm1(z)])
         z = z + block.mlp(block.norm2(z))
@@ -204,7 +220,16 @@ def test_the_entrys_count_of_the_inner_path():
 def tiny(**options):
     torch.manual_seed(0)
     return TNT(
-        **{"dim": 12, "inner_dim": 6, "heads": 3, "inner_heads": 2, "depth": 2, "patch": 8, "size": 16, **options}
+        **{
+            "dim": 12,
+            "inner_dim": 6,
+            "heads": 3,
+            "inner_heads": 2,
+            "depth": 2,
+            "patch": 8,
+            "size": 16,
+            **options,
+        }
     )
 
 
@@ -230,7 +255,9 @@ def test_errors_name_the_argument():
         WordEmbed(8, stride=5)
     with pytest.raises(ValueError, match="WordAttention: dim must be a multiple of heads, got 8 and 3"):
         WordAttention(8, 3)
-    with pytest.raises(ValueError, match=r"TNTBlock: words must be \(6, 4, c\) for patches \(2, 4, 12\), got"):
+    with pytest.raises(
+        ValueError, match=r"TNTBlock: words must be \(6, 4, c\) for patches \(2, 4, 12\), got"
+    ):
         TNTBlock(12, 6, heads=3, inner_heads=2, words=4)(torch.zeros(5, 4, 6), torch.zeros(2, 4, 12))
     with pytest.raises(ValueError, match=r"TNT: images must be \(B, 3, H, W\), got \(3, 16, 16\)"):
         tiny()(torch.zeros(3, 16, 16))
