@@ -28,12 +28,12 @@ from foveate.vision.tnt import (
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
+    "GPSA",
+    "TNT",
     "Backbone",
     "ConViT",
     "ConViTBlock",
-    "GPSA",
     "RelativePositionBias2d",
-    "TNT",
     "TNTBlock",
     "WindowAttention",
     "WordAttention",
