@@ -16,6 +16,7 @@ from foveate.vision.convit import (
     positional_factors,
 )
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.spectformer import (
     SpectFormer,
     SpectFormerH,
@@ -29,6 +30,18 @@ from foveate.vision.spectformer import (
     spectformer_tiny,
     spectformer_xsmall,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
 from foveate.vision.tnt import (
     TNT,
     TNTBlock,
@@ -38,6 +51,7 @@ from foveate.vision.tnt import (
     tnt_small,
     tnt_tiny,
 )
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -46,19 +60,28 @@ __all__ = [
     "Backbone",
     "ConViT",
     "ConViTBlock",
+    "PatchMerging",
     "RelativePositionBias2d",
+    "ShiftedWindowAttention",
     "SpectFormer",
     "SpectFormerH",
     "SpectralBlock",
     "SpectralGate",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
     "TNTBlock",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "WindowAttention",
+    "WindowReach",
     "WordAttention",
     "WordEmbed",
     "attention_distance",
     "convit_base",
     "convit_small",
     "convit_tiny",
+    "explain_window",
     "gated_positional_attention",
     "locality_gates",
     "multiply_adds",
@@ -71,6 +94,14 @@ __all__ = [
     "spectformer_small",
     "spectformer_tiny",
     "spectformer_xsmall",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
     "tnt_base",
     "tnt_small",
     "tnt_tiny",
