@@ -184,6 +184,19 @@ def test_the_cost_of_the_tiny_model():
     assert multiply_adds(model) == want  # transforms are not matrix products
 
 
+@pytest.mark.parametrize(
+    ("factory", "giga"), [(spectformer_h_small, 3.9), (spectformer_h_base, 6.3), (spectformer_h_large, 12.7)]
+)
+def test_the_cost_is_the_published_one_which_leaves_out_the_pairs(factory, giga):
+    with torch.device("meta"):
+        model = factory()
+    pairs = sum(
+        2 * (14 // 2**i) ** 4 * channels * len(stage)
+        for i, (channels, stage) in enumerate(zip(model.channels[2:], model.stages[2:], strict=True))
+    )
+    assert (multiply_adds(model) - pairs) / 1e9 == pytest.approx(giga, rel=0.01)
+
+
 def stirred(model):
     torch.manual_seed(1)
     model = model.double().eval()

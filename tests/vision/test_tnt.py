@@ -201,6 +201,13 @@ def test_the_models_have_their_parameters(factory, current, legacy):
             assert parameters_of(factory(legacy=True)) == legacy
 
 
+@pytest.mark.parametrize(("factory", "giga"), [(tnt_small, 5.2), (tnt_base, 14.1)])
+def test_the_cost_is_the_published_one(factory, giga):
+    with torch.device("meta"):
+        model = factory()
+    assert multiply_adds(model) / 1e9 == pytest.approx(giga, rel=0.01)
+
+
 def test_the_cost_of_the_small_model():
     with torch.device("meta"):
         model = tnt_small()
