@@ -19,6 +19,7 @@ from foveate.core.patterns.columns import GlobalTokens, KeyPadding, PrefixLM, Si
 from foveate.core.patterns.control import Random
 from foveate.core.patterns.documents import Documents, Packed, Regions, SharedQuestion
 from foveate.core.patterns.grids import Axial, Grid, Windows
+from foveate.core.patterns.halo import Halo
 from foveate.core.patterns.masks import Mask, MaskMod
 from foveate.core.patterns.neighborhood import Neighborhood
 from foveate.core.patterns.orders import Order, hilbert, morton, row_major, tile_major
@@ -39,6 +40,7 @@ __all__ = [
     "Full",
     "GlobalTokens",
     "Grid",
+    "Halo",
     "KeyPadding",
     "Mask",
     "MaskMod",
