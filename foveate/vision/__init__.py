@@ -4,12 +4,46 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.halonet import (
+    HaloAttention,
+    HaloBlock,
+    HaloNet,
+    HaloStage,
+    halonet26t,
+    halonet50ts,
+    halonet_from_timm,
+    halonet_h0,
+    halonet_h1,
+    halonet_h2,
+    halonet_h3,
+    halonet_h4,
+    halonet_h5,
+    halonet_h6,
+    halonet_h7,
+    sehalonet33ts,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Backbone",
+    "HaloAttention",
+    "HaloBlock",
+    "HaloNet",
+    "HaloStage",
     "RelativePositionBias2d",
     "WindowAttention",
+    "halonet26t",
+    "halonet50ts",
+    "halonet_from_timm",
+    "halonet_h0",
+    "halonet_h1",
+    "halonet_h2",
+    "halonet_h3",
+    "halonet_h4",
+    "halonet_h5",
+    "halonet_h6",
+    "halonet_h7",
     "multiply_adds",
     "parameters_of",
+    "sehalonet33ts",
 ]
