@@ -133,8 +133,12 @@ class HaloAttention(nn.Module):
         q = partition(self.q(x[:, :: self.step, :: self.step]), (side, side))  # (B blocks, n, heads d)
         q = q.unflatten(2, (self.heads, self.head_dim)).transpose(1, 2)  # (B blocks, heads, n, d)
         kv = F.pad(self.kv(x), (0, 0) + 4 * (self.halo,))
-        kv = kv.unfold(1, self.window, self.block).unfold(2, self.window, self.block)  # (B, nH, nW, C, win, win)
-        kv = kv.flatten(4).unflatten(3, (self.heads, -1)).flatten(0, 2).transpose(2, 3)  # (.., heads, win win, d + e)
+        kv = kv.unfold(1, self.window, self.block).unfold(
+            2, self.window, self.block
+        )  # (B, nH, nW, C, win, win)
+        kv = (
+            kv.flatten(4).unflatten(3, (self.heads, -1)).flatten(0, 2).transpose(2, 3)
+        )  # (.., heads, win win, d + e)
         k, v = kv.split([self.head_dim, self.out // self.heads], 3)
         bias = self.position_logits(q)
         if self.edge == "mask":
@@ -365,9 +369,7 @@ def _family(
 ) -> HaloNet:
     block, halo, values, outs, third, width = FAMILY[name]
     stages = [
-        HaloStage(
-            "a" * depth, mid, int(outs * mid), int(values * mid), stride, heads, block=block, halo=halo
-        )
+        HaloStage("a" * depth, mid, int(outs * mid), int(values * mid), stride, heads, block=block, halo=halo)
         for mid, depth, stride, heads in zip(
             (64, 128, 256, 512), (3, 3, third, 3), (1, 2, 2, 2), (4, 8, 8, 8), strict=True
         )

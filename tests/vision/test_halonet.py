@@ -89,9 +89,7 @@ def test_it_is_the_formula_query_by_query(shape, options):
 def test_blocks_that_the_stride_does_not_divide_are_averaged():
     layer, x = made(6, 2, block=3, halo=1, stride=2), image(1, 9, 5, 6)
     full, _ = by_query(layer, x)
-    means = [
-        [full[:, y : y + 2, w : w + 2].mean((1, 2)) for w in range(0, 5, 2)] for y in range(0, 9, 2)
-    ]
+    means = [[full[:, y : y + 2, w : w + 2].mean((1, 2)) for w in range(0, 5, 2)] for y in range(0, 9, 2)]
     expected = torch.stack([torch.stack(row, 1) for row in means], 1)
     torch.testing.assert_close(layer(x), expected, atol=1e-12, rtol=0)
 
@@ -121,7 +119,9 @@ def test_without_positions_it_is_attention_under_the_pattern(shape, block, halo)
         assert pattern.layout(shape[0] * shape[1]).area == (shape[0] * shape[1]) ** 2
 
 
-@pytest.mark.parametrize(("shape", "block", "halo"), [((7,), 3, 1), ((5, 7), (2, 3), (1, 0)), ((3, 4, 2), 2, 1)])
+@pytest.mark.parametrize(
+    ("shape", "block", "halo"), [((7,), 3, 1), ((5, 7), (2, 3), (1, 0)), ((3, 4, 2), 2, 1)]
+)
 def test_the_pattern_is_its_formula(shape, block, halo):
     dense = Halo(shape, block, halo).layout(int(torch.tensor(shape).prod())).to_dense()[0, 0]
     cells = list(itertools.product(*map(range, shape)))
@@ -205,7 +205,9 @@ def test_maps_and_head():
         HaloStage("ca", 8, 24, heads=4, block=3, halo=1),
     )
     torch.manual_seed(0)
-    net = HaloNet(stages, stem="tiered", pool=False, width=20, squeeze=True, num_classes=3, drop_path=0.1).eval()
+    net = HaloNet(
+        stages, stem="tiered", pool=False, width=20, squeeze=True, num_classes=3, drop_path=0.1
+    ).eval()
     images = torch.randn(2, 3, 37, 41)
     maps = net.forward_features(images)
     assert [tuple(m.shape) for m in maps] == [(2, 16, 10, 11), (2, 24, 5, 6)]
