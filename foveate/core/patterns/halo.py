@@ -43,7 +43,8 @@ class Halo(Boxes):
         block = per_axis("Halo", "block", self.block, shape, 1)
         for n, b in zip(shape, block, strict=True):
             integer("Halo", "block", b, 1, n)
-        made = {"shape": shape, "block": block, "halo": per_axis("Halo", "halo", self.halo, shape, 0)}
+        halo = per_axis("Halo", "halo", self.halo, shape, 0)
+        made: dict[str, Any] = {"shape": shape, "block": block, "halo": halo}
         made["order"] = as_order("Halo", self.order, shape)
         for name, value in made.items():
             object.__setattr__(self, name, value)
