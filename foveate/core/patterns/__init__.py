@@ -25,6 +25,7 @@ from foveate.core.patterns.neighborhood import Neighborhood
 from foveate.core.patterns.orders import Order, hilbert, morton, row_major, tile_major
 from foveate.core.patterns.power import PowerOfTwo, power_attention, reachability
 from foveate.core.patterns.shards import Shards
+from foveate.core.patterns.stencil import Stencil
 
 __all__ = [
     "EMPTY",
@@ -59,6 +60,7 @@ __all__ = [
     "SharedQuestion",
     "Sinks",
     "SlidingWindow",
+    "Stencil",
     "Strided",
     "Windows",
     "as_pattern",
