@@ -22,6 +22,7 @@ from foveate.vision.halonet import (
     halonet_h7,
     sehalonet33ts,
 )
+from foveate.vision.tic import SelfAttentionConv2d, shifts, stencil_attention
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "HaloNet",
     "HaloStage",
     "RelativePositionBias2d",
+    "SelfAttentionConv2d",
     "WindowAttention",
     "halonet26t",
     "halonet50ts",
@@ -46,4 +48,6 @@ __all__ = [
     "multiply_adds",
     "parameters_of",
     "sehalonet33ts",
+    "shifts",
+    "stencil_attention",
 ]
