@@ -58,7 +58,10 @@ def stencil_attention(
     >>> stencil_attention(q, k, v, edge="mask")[0][0, 0, 0, 0].tolist()
     [1.0, 1.0]
     """
-    kernel, dilation = pair("stencil_attention", "kernel", kernel), pair("stencil_attention", "dilation", dilation)
+    kernel, dilation = (
+        pair("stencil_attention", "kernel", kernel),
+        pair("stencil_attention", "dilation", dilation),
+    )
     if any(n % 2 == 0 for n in kernel):
         raise ValueError(f"stencil_attention: kernel must be odd, got {kernel}")
     if edge not in EDGES:
@@ -117,9 +120,7 @@ def shifts(heads: int, kernel: int = 3, *, depth: int = 0) -> tuple[Pair, ...]:
         raise ValueError(f"shifts: heads must be >= 1, got {heads}")
     step = kernel // 2 + 1 + depth
     group = -(-heads // len(DIRECTIONS))
-    return tuple(
-        (step * DIRECTIONS[h // group][0], step * DIRECTIONS[h // group][1]) for h in range(heads)
-    )
+    return tuple((step * DIRECTIONS[h // group][0], step * DIRECTIONS[h // group][1]) for h in range(heads))
 
 
 class SelfAttentionConv2d(nn.Module):
@@ -177,14 +178,18 @@ class SelfAttentionConv2d(nn.Module):
         if edge not in EDGES:
             raise ValueError(f"{name}: edge {edge!r}; accepted: {', '.join(EDGES)}")
         if not convolve and (out != dim or stride != 1):
-            raise ValueError(f"{name}: without convolution out must be {dim} and stride 1, got {out} and {stride}")
+            raise ValueError(
+                f"{name}: without convolution out must be {dim} and stride 1, got {out} and {stride}"
+            )
         if pooled < 0 or not 0 <= dropout < 1:
             raise ValueError(f"{name}: pooled must be >= 0 and dropout in [0, 1), got {pooled} and {dropout}")
         kernel = pair(name, "kernel", kernel)
         lists = {"head_kernels": head_kernels, "head_dilations": head_dilations, "head_shifts": head_shifts}
         for argument, values in lists.items():
             if values is not None and len(values) != heads:
-                raise ValueError(f"{name}: {argument} must have one entry per head, {heads}, got {len(values)}")
+                raise ValueError(
+                    f"{name}: {argument} must have one entry per head, {heads}, got {len(values)}"
+                )
         kernels = [pair(name, "head_kernels", n) for n in head_kernels or [kernel] * heads]
         if any(n % 2 == 0 for both in (kernel, *kernels) for n in both):
             raise ValueError(f"{name}: kernels must be odd, got {kernel} and {kernels}")

@@ -14,6 +14,9 @@ from foveate.patterns import Stencil
 from foveate.vision import SelfAttentionConv2d, shifts, stencil_attention
 
 
+ZEROS = torch.zeros(1, 1, 4, 4, 2)
+
+
 def image(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -95,8 +98,8 @@ def test_a_torus_is_equivariant_and_clamped_windows_are_neighborhoods():
     expected = sum_over_torus(q, k, v)
     torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
     clamped, _ = stencil_attention(q, k, v, 3, edge="clamp")
-    flat = (x.flatten(2, 3) for x in (q, k, v))
-    near = fv.attention(*flat, fv.patterns.Neighborhood((6, 7), 3))
+    fq, fk, fv_ = (x.flatten(2, 3) for x in (q, k, v))
+    near = fv.attention(fq, fk, fv_, fv.patterns.Neighborhood((6, 7), 3))
     assert isinstance(near, torch.Tensor)
     torch.testing.assert_close(clamped.flatten(2, 3), near, atol=1e-12, rtol=0)
 
@@ -109,7 +112,9 @@ def sum_over_torus(q, k, v):
     return (weights[..., None, :] @ values)[..., 0, :]
 
 
-@pytest.mark.parametrize(("shape", "kernel", "dilation"), [((7,), 3, 2), ((5, 4), (3, 1), (1, 2)), ((3, 4, 2), 3, 1)])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "dilation"), [((7,), 3, 2), ((5, 4), (3, 1), (1, 2)), ((3, 4, 2), 3, 1)]
+)
 def test_the_pattern_is_its_formula(shape, kernel, dilation):
     dense = Stencil(shape, kernel, dilation).layout(prod(shape)).to_dense()[0, 0]
     cells = list(itertools.product(*map(range, shape)))
@@ -135,13 +140,16 @@ def test_the_layer_is_the_module_of_the_release(heads):
 
 def test_kernel_1_is_the_value_and_the_residual():
     layer, x = made(6, kernel=1, heads=2, convolve=False), image(1, 6, 4, 3)
+    assert layer.qkv.bias is not None
     value = F.conv2d(x, layer.qkv.weight[12:], layer.qkv.bias[12:])
     torch.testing.assert_close(layer(x), value + x, atol=1e-12, rtol=0)
 
 
 def test_heads_with_kernels_and_dilations_of_their_own():
     kernels, dilations = [3, (1, 5), 3], [1, 2, 1]
-    layer = made(6, heads=3, head_kernels=kernels, head_dilations=dilations, convolve=False, residual=False, pooled=2)
+    layer = made(
+        6, heads=3, head_kernels=kernels, head_dilations=dilations, convolve=False, residual=False, pooled=2
+    )
     plain, x = made(6, heads=3, convolve=False, residual=False), image(2, 6, 7, 8)
     layer.load_state_dict(plain.state_dict())
     q, k, v = (
@@ -176,7 +184,9 @@ def test_shifts():
         for t in F.conv2d(x, plain.qkv.weight, plain.qkv.bias).chunk(3, 1)
     )
     expected, _ = by_unfolding(q, k.roll((2, 0), (2, 3)), v.roll((2, 0), (2, 3)))
-    torch.testing.assert_close(shifted(x)[:, :2], expected[:, 0].permute(0, 3, 1, 2) + x[:, :2], atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        shifted(x)[:, :2], expected[:, 0].permute(0, 3, 1, 2) + x[:, :2], atol=1e-12, rtol=0
+    )
     assert len(set(shifts(16, 5))) == 8
     assert shifts(2, 5, depth=1) == ((-4, 0), (4, 0))
 
@@ -227,10 +237,16 @@ def test_gradients_strides_and_dropout():
         (lambda: SelfAttentionConv2d(8, heads=2, head_shifts=[(0, 0)]), "one entry per head, 2, got 1"),
         (lambda: SelfAttentionConv2d(8, pooled=-1), "pooled must be >= 0 and dropout in"),
         (lambda: SelfAttentionConv2d(8)(torch.zeros(1, 4, 4, 8)), r"x must be \(B, 8, H, W\)"),
-        (lambda: stencil_attention(*(torch.zeros(1, 1, 4, 4, 2),) * 3, 2), "kernel must be odd"),
-        (lambda: stencil_attention(*(torch.zeros(1, 1, 4, 4, 2),) * 3, edge="x"), "edge 'x'; accepted"),
-        (lambda: stencil_attention(*(torch.zeros(1, 1, 4, 4, 2),) * 3, 5, edge="wrap"), "'wrap' needs a map of"),
-        (lambda: stencil_attention(*(torch.zeros(1, 1, 4, 4, 2),) * 3, 5, edge="clamp"), "Neighborhood: window"),
+        (lambda: stencil_attention(ZEROS, ZEROS, ZEROS, 2), "kernel must be odd"),
+        (lambda: stencil_attention(ZEROS, ZEROS, ZEROS, edge="x"), "edge 'x'; accepted"),
+        (
+            lambda: stencil_attention(ZEROS, ZEROS, ZEROS, 5, edge="wrap"),
+            "'wrap' needs a map of",
+        ),
+        (
+            lambda: stencil_attention(ZEROS, ZEROS, ZEROS, 5, edge="clamp"),
+            "Neighborhood: window",
+        ),
         (lambda: shifts(0), "shifts: heads must be >= 1"),
         (lambda: Stencil(5, 2), "Stencil: kernel must be odd, got 2"),
     ],
