@@ -22,15 +22,33 @@ from foveate.vision.halonet import (
     halonet_h7,
     sehalonet33ts,
 )
+from foveate.vision.medvit import (
+    FasterKAN,
+    GlobalBlock,
+    LocalBlock,
+    MedViTV2,
+    NeighborhoodAttention2d,
+    PooledKeyAttention,
+    medvit_v2_base,
+    medvit_v2_large,
+    medvit_v2_small,
+    medvit_v2_tiny,
+)
 from foveate.vision.tic import SelfAttentionConv2d, shifts, stencil_attention
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Backbone",
+    "FasterKAN",
+    "GlobalBlock",
     "HaloAttention",
     "HaloBlock",
     "HaloNet",
     "HaloStage",
+    "LocalBlock",
+    "MedViTV2",
+    "NeighborhoodAttention2d",
+    "PooledKeyAttention",
     "RelativePositionBias2d",
     "SelfAttentionConv2d",
     "WindowAttention",
@@ -45,6 +63,10 @@ __all__ = [
     "halonet_h5",
     "halonet_h6",
     "halonet_h7",
+    "medvit_v2_base",
+    "medvit_v2_large",
+    "medvit_v2_small",
+    "medvit_v2_tiny",
     "multiply_adds",
     "parameters_of",
     "sehalonet33ts",

@@ -13,7 +13,6 @@ import foveate as fv
 from foveate.patterns import Stencil
 from foveate.vision import SelfAttentionConv2d, shifts, stencil_attention
 
-
 ZEROS = torch.zeros(1, 1, 4, 4, 2)
 
 
