@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.halonet import (
     HaloAttention,
     HaloBlock,
@@ -24,8 +25,8 @@ from foveate.vision.halonet import (
 )
 from foveate.vision.medvit import (
     FasterKAN,
-    GlobalBlock,
-    LocalBlock,
+    MedViTGlobalBlock,
+    MedViTLocalBlock,
     MedViTV2,
     NeighborhoodAttention2d,
     PooledKeyAttention,
@@ -34,24 +35,46 @@ from foveate.vision.medvit import (
     medvit_v2_small,
     medvit_v2_tiny,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
 from foveate.vision.tic import SelfAttentionConv2d, shifts, stencil_attention
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Backbone",
     "FasterKAN",
-    "GlobalBlock",
     "HaloAttention",
     "HaloBlock",
     "HaloNet",
     "HaloStage",
-    "LocalBlock",
+    "MedViTGlobalBlock",
+    "MedViTLocalBlock",
     "MedViTV2",
     "NeighborhoodAttention2d",
+    "PatchMerging",
     "PooledKeyAttention",
     "RelativePositionBias2d",
     "SelfAttentionConv2d",
+    "ShiftedWindowAttention",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "WindowAttention",
+    "WindowReach",
+    "explain_window",
     "halonet26t",
     "halonet50ts",
     "halonet_from_timm",
@@ -72,4 +95,12 @@ __all__ = [
     "sehalonet33ts",
     "shifts",
     "stencil_attention",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
 ]

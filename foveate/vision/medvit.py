@@ -234,7 +234,7 @@ def _embed(dim: int, out: int, stride: int) -> nn.Module:
     return nn.Sequential(pool, ConvNorm(dim, out, 1))
 
 
-class LocalBlock(nn.Module):
+class MedViTLocalBlock(nn.Module):
     """LFP: x + NA(BN x), then x + n + F(n) with n = BN x and a convolutional feed-forward F; on (B, C, H, W).
 
         F = BN W_2 SE hswish BN DW_{k x k} hswish BN W_1,   widths C, 3 C, C
@@ -259,7 +259,7 @@ class LocalBlock(nn.Module):
     ) -> None:
         super().__init__()
         if out % head_dim:
-            raise ValueError(f"LocalBlock: head_dim must divide out, got {head_dim} for {out}")
+            raise ValueError(f"MedViTLocalBlock: head_dim must divide out, got {head_dim} for {out}")
         self.layout = layout
         self.embed = _embed(dim, out, stride)
         self.norm1 = nn.BatchNorm2d(out)
@@ -286,7 +286,7 @@ class LocalBlock(nn.Module):
         return x + y + self.feed(y)
 
 
-class GlobalBlock(nn.Module):
+class MedViTGlobalBlock(nn.Module):
     """GFP: attention to pooled keys on three quarters of the channels, convolutions for the others, KAN; (B, C, H, W).
 
         a = e + MHSA(BN e);   b = W a;   b <- b + W' relu(BN conv_{3 x 3, groups of head_dim}(b))
@@ -313,7 +313,7 @@ class GlobalBlock(nn.Module):
         rest = out - wide
         if rest < 1 or rest % head_dim:
             raise ValueError(
-                f"GlobalBlock: out must exceed {wide}, three quarters of it in heads of {head_dim}, by a multiple of "
+                f"MedViTGlobalBlock: out must exceed {wide}, three quarters of it in heads of {head_dim}, by a multiple of "
                 f"{head_dim}, got {out}"
             )
         self.embed = _embed(dim, wide, stride)
@@ -415,7 +415,7 @@ class MedViTV2(Backbone):
                 if letter == "L":
                     widest = dilation == "alternate" and local % 2
                     local += 1
-                    block: nn.Module = LocalBlock(
+                    block: nn.Module = MedViTLocalBlock(
                         width,
                         out,
                         stride=stride,
@@ -428,7 +428,7 @@ class MedViTV2(Backbone):
                     )
                 else:
                     sr = (8, 4, 2, 1)[number]
-                    block = GlobalBlock(
+                    block = MedViTGlobalBlock(
                         width, out, stride=stride, sr=sr, head_dim=head_dim, drop_path=drop, layout=layout
                     )
                 blocks.append(block)

@@ -13,8 +13,8 @@ from foveate import vision
 from foveate.patterns import Neighborhood
 from foveate.vision import (
     FasterKAN,
-    GlobalBlock,
-    LocalBlock,
+    MedViTGlobalBlock,
+    MedViTLocalBlock,
     MedViTV2,
     NeighborhoodAttention2d,
     PooledKeyAttention,
@@ -171,7 +171,7 @@ def test_kan():
 
 def test_blocks():
     torch.manual_seed(0)
-    block = LocalBlock(8, 16, stride=2, kernel=3, head_dim=8).double().eval()
+    block = MedViTLocalBlock(8, 16, stride=2, kernel=3, head_dim=8).double().eval()
     x = image(2, 8, 7, 9)
     e = block.embed(x)
     assert e.shape == (2, 16, 4, 5)
@@ -179,7 +179,7 @@ def test_blocks():
     n = a / (1 + 1e-5) ** 0.5
     torch.testing.assert_close(block(x), a + n + block.feed(n), atol=1e-12, rtol=0)
     assert block.feed[2].reduce.out_channels == 3
-    block = GlobalBlock(8, 32, sr=2, head_dim=8).double().eval()
+    block = MedViTGlobalBlock(8, 32, sr=2, head_dim=8).double().eval()
     e = block.embed(x)
     a = e + block.attention((e / (1 + 1e-5) ** 0.5).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     b = block.projection(a)
@@ -250,9 +250,9 @@ def test_maps_and_dilations():
         (lambda: NeighborhoodAttention2d(8, 2)(torch.zeros(1, 9, 9, 4)), r"x must be \(B, H, W, 8\)"),
         (lambda: PooledKeyAttention(8, 3), "heads must divide dim and sr be >= 1, got 3 for 8 and 1"),
         (lambda: FasterKAN((4,)), r"at least two widths and one knot, got \(4,\) and 8"),
-        (lambda: LocalBlock(8, 12, head_dim=8), "head_dim must divide out, got 8 for 12"),
+        (lambda: MedViTLocalBlock(8, 12, head_dim=8), "head_dim must divide out, got 8 for 12"),
         (
-            lambda: GlobalBlock(8, 8, head_dim=8),
+            lambda: MedViTGlobalBlock(8, 8, head_dim=8),
             "out must exceed 8, three quarters of it in heads of 8, by a multiple",
         ),
         (lambda: MedViTV2((8, 8)), "dims and depths must be four each"),
