@@ -313,8 +313,8 @@ class MedViTGlobalBlock(nn.Module):
         rest = out - wide
         if rest < 1 or rest % head_dim:
             raise ValueError(
-                f"MedViTGlobalBlock: out must exceed {wide}, three quarters of it in heads of {head_dim}, by a multiple of "
-                f"{head_dim}, got {out}"
+                f"MedViTGlobalBlock: out must exceed {wide}, three quarters of it in heads of {head_dim}, by a multiple "
+                f"of {head_dim}, got {out}"
             )
         self.embed = _embed(dim, wide, stride)
         self.norm1 = nn.BatchNorm2d(wide)
