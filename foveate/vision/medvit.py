@@ -313,7 +313,7 @@ class MedViTGlobalBlock(nn.Module):
         rest = out - wide
         if rest < 1 or rest % head_dim:
             raise ValueError(
-                f"MedViTGlobalBlock: out must exceed {wide}, three quarters of it in heads of {head_dim}, by a multiple "
+                f"MedViTGlobalBlock: out must exceed {wide}, its three quarters in heads of {head_dim}, by a multiple "
                 f"of {head_dim}, got {out}"
             )
         self.embed = _embed(dim, wide, stride)

@@ -253,7 +253,7 @@ def test_maps_and_dilations():
         (lambda: MedViTLocalBlock(8, 12, head_dim=8), "head_dim must divide out, got 8 for 12"),
         (
             lambda: MedViTGlobalBlock(8, 8, head_dim=8),
-            "out must exceed 8, three quarters of it in heads of 8, by a multiple",
+            "out must exceed 8, its three quarters in heads of 8, by a multiple",
         ),
         (lambda: MedViTV2((8, 8)), "dims and depths must be four each"),
         (lambda: MedViTV2(dilation="none"), "dilation 'none'; accepted: alternate, release"),
