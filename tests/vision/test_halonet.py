@@ -265,3 +265,17 @@ def test_a_block_is_a_bottleneck():
 def test_errors_name_the_argument(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("edge", ["zero", "mask"])
+def test_float32_and_its_gradients(edge):
+    wide = made(16, 2, block=4, halo=2, edge=edge)
+    layer = HaloAttention(16, 2, block=4, halo=2, edge=edge)
+    layer.load_state_dict({name: value.float() for name, value in wide.state_dict().items()})
+    x = image(2, 9, 7, 16)
+    for one, z in ((wide, x), (layer, x.float())):
+        one(z).square().sum().backward()
+    for (name, a), b in zip(layer.named_parameters(), wide.parameters(), strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        torch.testing.assert_close(a.grad.double(), b.grad, atol=1e-4, rtol=1e-4, msg=name)

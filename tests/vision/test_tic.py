@@ -145,18 +145,18 @@ def test_kernel_1_is_the_value_and_the_residual():
 
 
 def test_heads_with_kernels_and_dilations_of_their_own():
-    kernels, dilations = [3, (1, 5), 3], [1, 2, 1]
+    kernels, dilations = [3, (1, 5), 5, 3], [1, 2, 1, 1]
     layer = made(
-        6, heads=3, head_kernels=kernels, head_dilations=dilations, convolve=False, residual=False, pooled=2
+        8, heads=4, head_kernels=kernels, head_dilations=dilations, convolve=False, residual=False, pooled=2
     )
-    plain, x = made(6, heads=3, convolve=False, residual=False), image(2, 6, 7, 8)
+    plain, x = made(8, heads=4, convolve=False, residual=False), image(2, 8, 7, 8)
     layer.load_state_dict(plain.state_dict())
     q, k, v = (
-        t.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
+        t.unflatten(1, (4, -1)).permute(0, 1, 3, 4, 2)
         for t in F.conv2d(x, layer.qkv.weight, layer.qkv.bias).chunk(3, 1)
     )
     pooled = [F.avg_pool2d(t.permute(0, 1, 4, 2, 3).flatten(0, 1), (4, 4), (3, 4)) for t in (k, v)]
-    far_k, far_v = (p.flatten(2).mT.unflatten(0, (2, 3)) for p in pooled)  # (2, 3, 4, d); rows 0-3 and 3-6
+    far_k, far_v = (p.flatten(2).mT.unflatten(0, (2, 4)) for p in pooled)  # (2, 4, 4, d); rows 0-3 and 3-6
     for h, (kernel, step) in enumerate(zip(kernels, dilations, strict=True)):
         size = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         keys, values = (unfolded(t[:, h : h + 1], size, (step, step))[:, 0] for t in (k, v))
