@@ -104,7 +104,8 @@ def attend(
 
     Args:
         q: (G, heads, n, d), k: (G, heads, m, d), v: (G, heads, m, e); G counts windows, those of one image together.
-        bias: (heads, n, m), the same for all groups, or a `RelativeBias` of a window, which saves writing it out.
+        bias: (heads, n, m), the same for all groups, or (G, heads, n, m), or a `RelativeBias` of a window, which
+            saves writing it out.
         mask: bool (W, n, m), True = may be seen; W divides G and group g takes mask[g % W]. A row that sees nothing
             gives 0. Keep the tensor where it is used again: its layout is made once.
         scale: default d^-0.5.
@@ -161,14 +162,16 @@ def _native(
 ) -> Tensor:
     """A layout has a set per batch row or per head: with a mask the W windows of an image become heads."""
     if mask is None:
-        score = Bias(bias[None]) if isinstance(bias, Tensor) else bias
+        score = Bias(bias if bias.ndim == 4 else bias[None]) if isinstance(bias, Tensor) else bias
         return cast(Tensor, attention(q, k, v, score=score, scale=scale, engine="native"))
     w, heads = mask.shape[0], q.shape[1]
     as_heads = lambda t: t.unflatten(0, (-1, w)).flatten(1, 2)  # noqa: E731  (G / W, W heads, tokens, d)
     if isinstance(bias, RelativeBias):
         score = replace(bias, table=bias.table.expand(heads, -1, -1).repeat(w, 1, 1))
+    elif bias is None:
+        score = None
     else:
-        score = None if bias is None else Bias(bias.repeat(w, 1, 1)[None])
+        score = Bias(as_heads(bias) if bias.ndim == 4 else bias.repeat(w, 1, 1)[None])
     layout = _layout(mask, heads)
     out = attention(as_heads(q), as_heads(k), as_heads(v), layout, score=score, scale=scale, engine="native")
     return cast(Tensor, out).unflatten(1, (w, heads)).flatten(0, 1)

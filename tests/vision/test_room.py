@@ -5,6 +5,6 @@ from __future__ import annotations
 import foveate as fv
 
 
-def test_names_are_unique_and_exist():  # ruff demands their order, constants first
+def test_names_are_single_and_exist():  # ruff sorts them, constants first
     assert len(fv.vision.__all__) == len(set(fv.vision.__all__))
     assert all(hasattr(fv.vision, name) for name in fv.vision.__all__)

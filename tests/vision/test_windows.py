@@ -287,3 +287,21 @@ def test_an_index_first_asked_for_elsewhere_can_be_used():
         bias().sum().backward()
         assert bias.table.grad is not None
         assert float(bias.table.grad.sum()) == 55**2
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_of_its_own_per_group(masked):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(6, 2, n, 8, generator=g) for n in (9, 12, 12))
+    bias = torch.randn(6, 2, 9, 12, generator=g).requires_grad_()
+    mask = torch.rand(3, 9, 12, generator=g) > 0.3 if masked else None
+    logits = q @ k.mT * 8**-0.5 + bias
+    if mask is not None:
+        logits = logits.masked_fill(~mask.repeat(2, 1, 1)[:, None], -torch.inf)
+    expected = logits.softmax(3) @ v
+    for engine in ("native", "dense"):
+        out = attend(q, k, v, bias=bias, mask=mask, engine=engine)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        (found,) = torch.autograd.grad(out.square().sum(), bias)
+        (wanted,) = torch.autograd.grad(expected.square().sum(), bias, retain_graph=True)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)

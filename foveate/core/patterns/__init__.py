@@ -19,12 +19,14 @@ from foveate.core.patterns.columns import GlobalTokens, KeyPadding, PrefixLM, Si
 from foveate.core.patterns.control import Random
 from foveate.core.patterns.documents import Documents, Packed, Regions, SharedQuestion
 from foveate.core.patterns.grids import Axial, Grid, Windows
+from foveate.core.patterns.halo import Halo
 from foveate.core.patterns.masks import Mask, MaskMod
 from foveate.core.patterns.neighborhood import Neighborhood
 from foveate.core.patterns.orders import Order, hilbert, morton, row_major, tile_major
 from foveate.core.patterns.power import PowerOfTwo, power_attention, reachability
 from foveate.core.patterns.query_context import QueryContextWindows
 from foveate.core.patterns.shards import Shards
+from foveate.core.patterns.stencil import Stencil
 
 __all__ = [
     "EMPTY",
@@ -40,6 +42,7 @@ __all__ = [
     "Full",
     "GlobalTokens",
     "Grid",
+    "Halo",
     "KeyPadding",
     "Mask",
     "MaskMod",
@@ -59,6 +62,7 @@ __all__ = [
     "SharedQuestion",
     "Sinks",
     "SlidingWindow",
+    "Stencil",
     "Strided",
     "Windows",
     "as_pattern",
