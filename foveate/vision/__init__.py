@@ -1,3 +1,33 @@
 """Window, local and hierarchical attention for images, and the backbones built on it."""
 
-__all__ = []
+from foveate.vision.count import multiply_adds
+from foveate.vision.davit import (
+    ChannelGroupAttention,
+    DaViT,
+    DualAttentionLayer,
+    davit_base,
+    davit_base_fl,
+    davit_giant,
+    davit_huge,
+    davit_huge_fl,
+    davit_large,
+    davit_small,
+    davit_state,
+    davit_tiny,
+)
+
+__all__ = [
+    "ChannelGroupAttention",
+    "DaViT",
+    "DualAttentionLayer",
+    "davit_base",
+    "davit_base_fl",
+    "davit_giant",
+    "davit_huge",
+    "davit_huge_fl",
+    "davit_large",
+    "davit_small",
+    "davit_state",
+    "davit_tiny",
+    "multiply_adds",
+]
