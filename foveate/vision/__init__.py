@@ -1,5 +1,8 @@
 """Window, local and hierarchical attention for images, and the backbones built on it."""
 
+from __future__ import annotations
+
+from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
 from foveate.vision.davit import (
     ChannelGroupAttention,
@@ -15,11 +18,15 @@ from foveate.vision.davit import (
     davit_state,
     davit_tiny,
 )
+from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
+    "Backbone",
     "ChannelGroupAttention",
     "DaViT",
     "DualAttentionLayer",
+    "RelativePositionBias2d",
+    "WindowAttention",
     "davit_base",
     "davit_base_fl",
     "davit_giant",
@@ -30,4 +37,5 @@ __all__ = [
     "davit_state",
     "davit_tiny",
     "multiply_adds",
+    "parameters_of",
 ]
