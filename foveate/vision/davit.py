@@ -252,17 +252,22 @@ class DaViT(Backbone):
 
 
 def davit_state(weights: Mapping[str, Tensor], *, depths: Sequence[int], scale: str = "head") -> dict[str, Tensor]:
-    """State of a `DaViT` from timm's (davit_tiny, ...) or transformers' (Florence2VisionBackbone).
+    """State of a `DaViT` from the authors' release, timm's (davit_tiny, ...) or transformers' (Florence2VisionBackbone).
 
     Args:
         weights: their state_dict; a tower without a head gives a state without one.
         depths: layers of each stage.
         scale: of the model that takes the state; with "head" the released channel attention's q, k, v become V, Q, K.
     """
-    rules = [  # transformers' names, then timm's
-        (r"^convs\.0\.conv", "stem"),
-        (r"^convs\.0\.norm", "stem_norm"),
-        (r"^convs\.(\d+)\.", r"stages.\1.0."),
+    rules = [  # the authors' names, transformers', timm's
+        (r"^(?:patch_embeds|convs)\.0\.(?:proj|conv)\.", "stem."),
+        (r"^(?:patch_embeds|convs)\.0\.norm\.", "stem_norm."),
+        (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.0.conv."),
+        (r"^(?:patch_embeds|convs)\.(\d+)\.", r"stages.\1.0."),
+        (r"^main_blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"\.cpe\.0\.", ".cpe1."),
+        (r"\.cpe\.1\.", ".cpe2."),
+        (r"^norms\.", "norm."),
         (r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
         (r"\.(?:window_attn|channel_attn|attn)\.", ".attention."),
         (r"\.ffn\.", ".mlp."),
