@@ -21,8 +21,8 @@ class ChannelGroupAttention(nn.Module):
         A_g = softmax(Q_g^T K_g s)             rows: channels of the queries, C_g x C_g
         Y_g = (A_g V_g^T)^T,  out = concat(Y_g) W_O
 
-    s is C_g^-0.5 for scale "head" and N^-0.5 for "tokens". The logits are sums over the tokens, so with "head" they grow
-    as N: a model trained at one resolution is sharper at a larger one. With "tokens" they grow as the root of N.
+    s is C_g^-0.5 for scale "head" and N^-0.5 for "tokens". The logits are sums over the tokens, so with "head" they
+    grow as N: a model trained at one resolution is sharper at a larger one. With "tokens" they grow as the root of N.
     Costs 2 N C C_g multiply-adds, linear in N; no position enters.
 
     Args:
@@ -47,7 +47,9 @@ class ChannelGroupAttention(nn.Module):
                 f"ChannelGroupAttention: dim must be a multiple of groups, got {dim} and {groups}"
             )
         if scale not in SCALES:
-            raise ValueError(f"ChannelGroupAttention: scale must be one of {', '.join(SCALES)}, got {scale!r}")
+            raise ValueError(
+                f"ChannelGroupAttention: scale must be one of {', '.join(SCALES)}, got {scale!r}"
+            )
         self.dim, self.groups, self.scale = dim, groups, scale
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
@@ -202,7 +204,9 @@ class DaViT(Backbone):
         features_only: bool = False,
     ) -> None:
         if not len(dims) == len(depths) == len(heads):
-            raise ValueError(f"DaViT: dims, depths and heads must be of one length, got {dims}, {depths}, {heads}")
+            raise ValueError(
+                f"DaViT: dims, depths and heads must be of one length, got {dims}, {depths}, {heads}"
+            )
         super().__init__(
             channels=dims,
             strides=[4 * 2**i for i in range(len(dims))],
@@ -251,8 +255,10 @@ class DaViT(Backbone):
         return x if self.norm is None else self.norm(x)
 
 
-def davit_state(weights: Mapping[str, Tensor], *, depths: Sequence[int], scale: str = "head") -> dict[str, Tensor]:
-    """State of a `DaViT` from the authors' release, timm's (davit_tiny, ...) or transformers' (Florence2VisionBackbone).
+def davit_state(
+    weights: Mapping[str, Tensor], *, depths: Sequence[int], scale: str = "head"
+) -> dict[str, Tensor]:
+    """State of a `DaViT` from the authors' release, from timm's or from transformers' (Florence2VisionBackbone).
 
     Args:
         weights: their state_dict; a tower without a head gives a state without one.
@@ -287,7 +293,9 @@ def davit_state(weights: Mapping[str, Tensor], *, depths: Sequence[int], scale: 
         if found := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.(.*)", name):
             stage, layer = int(found[1]), int(found[2])
             if layer >= depths[stage]:
-                raise ValueError(f"davit_state: depths must cover layer {layer} of stage {stage}, got {depths}")
+                raise ValueError(
+                    f"davit_state: depths must cover layer {layer} of stage {stage}, got {depths}"
+                )
             name = f"stages.{stage}.{layer + (stage > 0)}.{found[3]}"
         if scale == "head" and ".channel.attention.qkv." in name:
             q, k, v = value.chunk(3)
@@ -341,7 +349,7 @@ def davit_giant(
 def davit_base_fl(
     *, num_classes: int = 1000, in_channels: int = 3, drop_path: float = 0.1, features_only: bool = False
 ) -> DaViT:
-    """The tower of Florence-2 base: windows of 12, kernels of 3, scale "tokens"; 90,370,048 parameters without classes."""
+    """The tower of Florence-2 base: windows of 12, kernels of 3, scale "tokens"; 90,370,048 without classes."""
     return _made((1, 1, 9, 1), 128, num_classes, in_channels, drop_path, features_only, florence=True)
 
 

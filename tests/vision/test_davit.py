@@ -25,7 +25,7 @@ def shaken(module, std=0.3, seed=1):
 
 def by_channels(layer, x, *, axis=-1, factor=1.0):
     """Channel attention as loops over groups and pairs of channels; (B, N, C)."""
-    b, n, c = x.shape
+    _, n, c = x.shape
     width = c // layer.groups
     qkv = x @ layer.qkv.weight.T + layer.qkv.bias
     q, k, v = (qkv[..., i * c : (i + 1) * c] for i in range(3))
@@ -106,9 +106,10 @@ def windows(layer, x):
 
 
 def block(layer, x, attention):
-    conv = lambda m, t: t + F.conv2d(t.permute(0, 3, 1, 2), m.weight, m.bias, padding=1, groups=t.shape[3]).permute(  # noqa: E731
-        0, 2, 3, 1
-    )
+    def conv(m, t):
+        padded = t.permute(0, 3, 1, 2)
+        return t + F.conv2d(padded, m.weight, m.bias, padding=1, groups=t.shape[3]).permute(0, 2, 3, 1)
+
     norm = lambda m, t: F.layer_norm(t, t.shape[-1:], m.weight, m.bias)  # noqa: E731
     x = conv(layer.position1.conv, x)
     x = x + attention(norm(layer.norm1, x))
