@@ -18,6 +18,18 @@ from foveate.vision.davit import (
     davit_state,
     davit_tiny,
 )
+from foveate.vision.gcvit import (
+    GCViT,
+    GlobalQueryGenerator,
+    GlobalWindowAttention,
+    gcvit_base,
+    gcvit_large,
+    gcvit_small,
+    gcvit_state,
+    gcvit_tiny,
+    gcvit_xtiny,
+    gcvit_xxtiny,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -25,6 +37,9 @@ __all__ = [
     "ChannelGroupAttention",
     "DaViT",
     "DualAttentionLayer",
+    "GCViT",
+    "GlobalQueryGenerator",
+    "GlobalWindowAttention",
     "RelativePositionBias2d",
     "WindowAttention",
     "davit_base",
@@ -36,6 +51,13 @@ __all__ = [
     "davit_small",
     "davit_state",
     "davit_tiny",
+    "gcvit_base",
+    "gcvit_large",
+    "gcvit_small",
+    "gcvit_state",
+    "gcvit_tiny",
+    "gcvit_xtiny",
+    "gcvit_xxtiny",
     "multiply_adds",
     "parameters_of",
 ]

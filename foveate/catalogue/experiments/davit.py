@@ -29,7 +29,7 @@ from foveate.vision import ChannelGroupAttention, WindowAttention, multiply_adds
 
 SIDE, PATCH, WINDOW, DIM, HEADS, DEPTH = 16, 2, 4, 32, 2, 4
 CELLS = SIDE // PATCH
-STEPS, BATCH, RATE = 250, 32, 3e-3  # chosen with full attention
+STEPS, BATCH, RATE = 400, 32, 3e-3  # chosen with full attention
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals, 512 digits held out. Gate: windows and full attention in turn name at least "
     "0.7 of the far digits, else open. Then all of: by gradients every pixel reaches the cell that is read with "
