@@ -30,6 +30,15 @@ from foveate.vision.gcvit import (
     gcvit_xtiny,
     gcvit_xxtiny,
 )
+from foveate.vision.shvit import (
+    SHViT,
+    SingleHeadPartialAttention,
+    shvit_s1,
+    shvit_s2,
+    shvit_s3,
+    shvit_s4,
+    shvit_state,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -41,6 +50,8 @@ __all__ = [
     "GlobalQueryGenerator",
     "GlobalWindowAttention",
     "RelativePositionBias2d",
+    "SHViT",
+    "SingleHeadPartialAttention",
     "WindowAttention",
     "davit_base",
     "davit_base_fl",
@@ -60,4 +71,9 @@ __all__ = [
     "gcvit_xxtiny",
     "multiply_adds",
     "parameters_of",
+    "shvit_s1",
+    "shvit_s2",
+    "shvit_s3",
+    "shvit_s4",
+    "shvit_state",
 ]
