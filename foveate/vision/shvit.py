@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -198,8 +199,8 @@ class SHViT(Backbone):
         )
         first = dims[0]
         widths = (in_channels, first // 8, first // 4, first // 2, first)
-        self.stem = nn.ModuleList(ConvNorm(a, b, 3, 2) for a, b in zip(widths, widths[1:], strict=False))
-        self.merging = nn.ModuleList(SHViTMerging(a, b) for a, b in zip(dims, dims[1:], strict=False))
+        self.stem = nn.ModuleList(ConvNorm(a, b, 3, 2) for a, b in pairwise(widths))
+        self.merging = nn.ModuleList(SHViTMerging(a, b) for a, b in pairwise(dims))
         rates = drop_path_rates(drop_path, depths)
         self.stages = nn.ModuleList(
             nn.Sequential(*(SHViTBlock(dim, p, qk_dim=qk_dim, drop_path=rate) for rate in stage))
@@ -242,7 +243,8 @@ class SHViT(Backbone):
                     part.add_module(name, child.fused())
         if isinstance(self.norm, nn.BatchNorm1d) and isinstance(self.head, nn.Linear):
             norm, head = self.norm, self.head
-            assert norm.running_mean is not None and norm.running_var is not None
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
             factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # (C,)
             head.bias += head.weight @ (norm.bias - norm.running_mean * factor)
             head.weight *= factor

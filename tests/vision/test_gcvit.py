@@ -171,6 +171,8 @@ def test_windows_follow_the_image_size():
     windows = [stage.blocks[0].attention.window for stage in model.stages]
     assert windows == [(12, 16), (12, 16), (24, 32), (12, 16)]
     assert [stage.queries.levels for stage in model.stages] == [3, 2, 0, 0]
+    kinds = [block.attention.use_global for block in model.stages[2].blocks]
+    assert kinds == [False, True, False, True, False, True]
 
 
 def test_resized_for_another_image():
