@@ -35,8 +35,9 @@ STEPS, BATCH, RATE = 300, 32, 5e-3  # chosen with four heads
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals, 360 test images. Gate: four heads on all channels recognise at least 0.85, "
     "else open. Then all of: one head on a quarter of the channels, in a model with no more parameters, recognises "
-    "more than four heads less 0.03, and more than the same layer whose head is replaced by its values alone; and at "
-    "C = 224 and 14 x 14 cells the layer with p = 48 needs at most half the multiply-adds of eight heads on all channels"
+    "more than four heads less 0.03, and more than the same layer whose head is replaced by its values alone; and "
+    "at C = 224 and 14 x 14 cells the layer with p = 48 needs at most half the multiply-adds of eight heads on all "
+    "channels"
 )
 
 
