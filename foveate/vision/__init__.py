@@ -18,6 +18,7 @@ from foveate.vision.davit import (
     davit_state,
     davit_tiny,
 )
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.gcvit import (
     GCViT,
     GlobalQueryGenerator,
@@ -39,6 +40,19 @@ from foveate.vision.shvit import (
     shvit_s4,
     shvit_state,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -49,10 +63,18 @@ __all__ = [
     "GCViT",
     "GlobalQueryGenerator",
     "GlobalWindowAttention",
+    "PatchMerging",
     "RelativePositionBias2d",
     "SHViT",
+    "ShiftedWindowAttention",
     "SingleHeadPartialAttention",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "WindowAttention",
+    "WindowReach",
     "davit_base",
     "davit_base_fl",
     "davit_giant",
@@ -62,6 +84,7 @@ __all__ = [
     "davit_small",
     "davit_state",
     "davit_tiny",
+    "explain_window",
     "gcvit_base",
     "gcvit_large",
     "gcvit_small",
@@ -76,4 +99,12 @@ __all__ = [
     "shvit_s3",
     "shvit_s4",
     "shvit_state",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
 ]
