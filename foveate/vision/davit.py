@@ -60,7 +60,7 @@ class ChannelGroupAttention(nn.Module):
         qkv = self.qkv(x.flatten(1, -2)).unflatten(2, (3, self.groups, -1))  # (B, N, 3, g, C_g)
         q, k, v = qkv.permute(2, 0, 3, 4, 1)  # each (B, g, C_g, N): channels are the tokens
         width = q.shape[2] if self.scale == "head" else q.shape[3]
-        y = attend(q, k, v, scale=width**-0.5)  # (B, g, C_g, N)
+        y = attend(q, k, v, scale=width**-0.5, engine="dense")  # (B, g, C_g, N); few rows, as wide as the map
         return self.proj(y.permute(0, 3, 1, 2).flatten(2)).view(x.shape)
 
     def extra_repr(self) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from math import log2
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -141,15 +143,20 @@ class GlobalWindowAttention(nn.Module):
             k, v = parts
         else:
             q, k, v = parts
-        mask = None
-        if grid != (h, w):
-            real = F.pad(x.new_ones(1, h, w, 1), (0, 0, 0, grid[1] - w, 0, grid[0] - h))
-            mask = (partition(real, self.window)[:, None, :, 0] > 0).expand(-1, n, -1)  # (W, n, n)
-        out = attend(q, k, v, bias=self.relative(), mask=mask).transpose(1, 2).flatten(2)
+        mask = None if grid == (h, w) else _cells_of_the_map((h, w), self.window).to(x.device)
+        out = attend(q, k, v, bias=self.relative.score(), mask=mask).transpose(1, 2).flatten(2)
         return self.proj(merge(out, self.window, grid)[:, :h, :w])
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, use_global={self.use_global}"
+
+
+@lru_cache(maxsize=32)
+def _cells_of_the_map(size: Pair, window: Pair) -> Tensor:
+    """bool (W, n, n): which keys of each window lie on a map that was padded to whole windows. Kept for its layout."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        real = partition(pad_to(torch.ones(1, *size, 1), window), window)[:, None, :, 0] > 0  # (W, 1, n)
+        return real.repeat(1, real.shape[2], 1)
 
 
 class GCViTBlock(nn.Module):

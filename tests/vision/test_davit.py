@@ -74,6 +74,12 @@ def test_one_far_pixel_changes_every_pixel_of_channel_attention_but_only_its_win
     assert seen.sum() == 16
 
 
+def test_maps_wider_than_any_head():
+    layer = shaken(fv.vision.ChannelGroupAttention(8, 2), 0.1)
+    x = normal(1, 24, 30, 8)
+    torch.testing.assert_close(layer.float()(x.float()).double(), layer.double()(x), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("scale", "factor"), [("head", 2.0), ("tokens", 2.0**0.5)])
 def test_twice_the_tokens(scale, factor):
     layer = shaken(fv.vision.ChannelGroupAttention(12, 2, scale=scale))

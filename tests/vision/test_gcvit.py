@@ -137,6 +137,24 @@ def test_padding_is_not_seen():
     assert (layer(zeros, shared)[:, :, :3] - layer(x, shared)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+@pytest.mark.parametrize("use_global", [False, True])
+def test_single_precision_with_and_without_padding(size, use_global):
+    layer = shaken(fv.vision.GlobalWindowAttention(16, 2, 4, use_global=use_global), 0.2)
+    x, shared = normal(2, *size, 16), normal(2, 4, 4, 16, seed=3)
+    expected = layer(x, shared)
+    for _ in range(2):  # masks are kept between calls
+        got = layer.float()(x.float(), shared.float()).double()
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    shared = shared.float().requires_grad_()
+    layer(x.float(), shared).square().sum().backward()
+    layer.double().zero_grad()
+    again = normal(2, 4, 4, 16, seed=3).requires_grad_()
+    layer(x, again).square().sum().backward()
+    if use_global:
+        torch.testing.assert_close(shared.grad.double(), again.grad, atol=1e-5, rtol=1e-4)
+
+
 def test_gradients():
     layer = shaken(fv.vision.GlobalWindowAttention(4, 2, 2, use_global=True))
     inputs = normal(1, 3, 2, 4).requires_grad_(), normal(1, 2, 2, 4, seed=1).requires_grad_()
