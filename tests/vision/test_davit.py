@@ -75,8 +75,8 @@ def test_one_far_pixel_changes_every_pixel_of_channel_attention_but_only_its_win
 
 
 def test_maps_wider_than_any_head():
-    layer = shaken(fv.vision.ChannelGroupAttention(8, 2), 0.1)
-    x = normal(1, 24, 30, 8)
+    layer = shaken(fv.vision.ChannelGroupAttention(24, 2), 0.1)
+    x = normal(1, 24, 30, 24)
     torch.testing.assert_close(layer.float()(x.float()).double(), layer.double()(x), atol=1e-5, rtol=1e-5)
 
 
