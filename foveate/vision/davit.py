@@ -241,7 +241,7 @@ class DaViT(Backbone):
         self.check(images)
         x, maps = self.stem_norm(self.stem(images)), []
         for stage in self.stages:
-            for layer in stage:
+            for layer in stage:  # type: ignore[attr-defined]
                 if isinstance(layer, Downsample):
                     x = layer(x)
                 else:

@@ -246,7 +246,7 @@ class SHViT(Backbone):
             assert norm.running_mean is not None
             assert norm.running_var is not None
             factor = norm.weight / torch.sqrt(norm.running_var + norm.eps)  # (C,)
-            head.bias += head.weight @ (norm.bias - norm.running_mean * factor)
+            head.bias += head.weight @ (norm.bias - norm.running_mean * factor)  # type: ignore[assignment]
             head.weight *= factor
             self.norm = None
         return self.eval()
