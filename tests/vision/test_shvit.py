@@ -99,6 +99,26 @@ def test_a_new_block_is_the_identity(partial, training):
     assert (moved - x).abs().max() > 0.1
 
 
+def folded(layer, x, **options):
+    """Convolution and batch norm, written out."""
+    y = F.conv2d(x, layer.conv.weight, **options)
+    return normed(y.permute(0, 2, 3, 1), layer.norm).permute(0, 3, 1, 2)
+
+
+def test_what_lies_between_stages_is_its_definition():
+    layer, x = shaken(SHViTMerging(8, 12)), normal(2, 8, 5, 7)
+    for part in layer.before, layer.after:
+        if part is layer.after:
+            x = folded(layer.up, x).relu()
+            x = folded(layer.pool, x, stride=2, padding=1, groups=32).relu()
+            hidden = F.conv2d(x.mean((2, 3), keepdim=True), layer.gate.reduce.weight, layer.gate.reduce.bias)
+            gate = F.conv2d(hidden.relu(), layer.gate.expand.weight, layer.gate.expand.bias)
+            x = folded(layer.down, x * gate.sigmoid())
+        x = x + folded(part[0].conv, x, padding=1, groups=x.shape[1])
+        x = x + folded(part[1].down, folded(part[1].up, x).relu())
+    torch.testing.assert_close(layer(normal(2, 8, 5, 7)), x, atol=1e-12, rtol=1e-12)
+
+
 def tiny(**options):
     return fv.vision.SHViT((16, 24, 32), (1, 2, 1), (None, 5, 7), num_classes=5, **options)
 
