@@ -173,7 +173,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_parameters_and_multiply_adds(name):
-    """The published 2.6 G of XT is not met (2.91): the released code of that size has these 20 M parameters, too."""
+    """The published 2.6 G of XT is not met: the released code of that size counts 2.91 G, too."""
     with torch.device("meta"):
         model = getattr(fv.vision, f"gcvit_{name}")()
     parameters, published = COUNTS[name]
