@@ -4,12 +4,30 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.polyphase import (
+    Anchored,
+    PolyTwins,
+    PolyTwinsBlock,
+    SubsampledAttention,
+    polyphase_anchor,
+    polytwins_base,
+    shift_consistency,
+    shifted_predictions,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
+    "Anchored",
     "Backbone",
+    "PolyTwins",
+    "PolyTwinsBlock",
     "RelativePositionBias2d",
+    "SubsampledAttention",
     "WindowAttention",
     "multiply_adds",
     "parameters_of",
+    "polyphase_anchor",
+    "polytwins_base",
+    "shift_consistency",
+    "shifted_predictions",
 ]
