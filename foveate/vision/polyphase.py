@@ -270,7 +270,10 @@ class PolyTwins(Backbone):
         self.anchor, self.patch = anchor, patch
         # every stage cuts its map into windows and, from the second block on, into cells of its reduction
         self.multiple = math.lcm(
-            *(s * math.lcm(window, r if n > 1 else 1) for s, r, n in zip(strides, reductions, depths, strict=True))
+            *(
+                s * math.lcm(window, r if n > 1 else 1)
+                for s, r, n in zip(strides, reductions, depths, strict=True)
+            )
         )
         rates = drop_path_rates(drop_path, depths)
         self.embeds, self.norms, self.stages, self.positions = (nn.ModuleList() for _ in range(4))

@@ -173,9 +173,16 @@ def test_base_has_the_published_parameters_and_cost():
         model = polytwins_base()
         plain = polytwins_base(anchor=False, padding="zeros")
     assert fv.vision.parameters_of(model) == fv.vision.parameters_of(plain) == 56_070_952
-    assert fv.vision.multiply_adds(model, 224) == pytest.approx(8.59e9, rel=0.01)  # timm's table: twins_svt_base
+    assert fv.vision.multiply_adds(model, 224) == pytest.approx(
+        8.59e9, rel=0.01
+    )  # timm's table: twins_svt_base
     assert model.multiple == 224
-    assert model.settled == [False, True, True, True]  # as the authors: only the image is anchored before patches
+    assert model.settled == [
+        False,
+        True,
+        True,
+        True,
+    ]  # as the authors: only the image is anchored before patches
 
 
 def test_maps_and_names_of_timm():

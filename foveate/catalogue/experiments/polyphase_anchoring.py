@@ -16,11 +16,11 @@ from foveate.catalogue.lab.tasks import generator
 from foveate.catalogue.lab.tiny import train
 from foveate.vision import PolyTwins, polyphase_anchor, shifted_predictions
 
-SIDE, IMAGES = 16, 120  # canvas; test images that are shifted
-STEPS, BATCH, RATE = 250, 32, 3e-3  # chosen on Twins alone
+SIDE, IMAGES = 16, 60  # canvas; test images that are shifted
+STEPS, BATCH, RATE = 200, 32, 4e-3  # chosen on Twins alone
 COUNTS_IF = (
-    "three seeds, paired, 95 % intervals, 120 test images at all 256 circular shifts. Gate: Twins (zero padding, no "
-    "anchors) recognises at least 0.85 of the unshifted images, else open. Then all of: for PolyTwins, every seed and "
+    "three seeds, paired, 95 % intervals, 60 test images at all 256 circular shifts. Gate: Twins (zero padding, no "
+    "anchors) recognises at least 0.85 of the 360 unshifted images, else open. Then all of: for PolyTwins, every seed and "
     "every (image, shift) pair has the label of the unshifted image (share exactly 1); Twins with circular padding and "
     "without anchors, of equal parameters, has it for less than 0.99; and at its worst shift PolyTwins recognises at "
     "least 0.1 more than either of the others and than Twins trained on randomly rolled images"
@@ -42,7 +42,7 @@ def trained(lab: Lab, name: str, seed: int) -> dict[str, float]:
     """Recognised as it is, at the worst shift and on average, and the share of pairs with an unchanged label."""
     torch.manual_seed(seed)
     model = PolyTwins(
-        (32, 64), (2, 4), (2, 2), reductions=(2, 1), window=4, patch=2, in_channels=1, num_classes=10, **ARMS[name]
+        (24, 48), (2, 4), (2, 2), reductions=(2, 1), window=4, patch=2, in_channels=1, num_classes=10, **ARMS[name]
     )  # fmt: skip
     (x, y), (tests, labels) = split()
 
@@ -57,14 +57,16 @@ def trained(lab: Lab, name: str, seed: int) -> dict[str, float]:
 
     train(lab, model, batch, steps=lab.pick(STEPS, 3), lr=RATE, what=f"{name}, seed {seed}")
     model.eval()
-    images = canvas(tests[: lab.pick(IMAGES, 6)]).to(lab.device)
-    said = shifted_predictions(model, images)[1].cpu()  # (256, images), the zero shift first
-    right = (said == labels[: len(images)]).double().mean(1)
+    n, count = lab.pick(len(tests), 20), lab.pick(IMAGES, 6)
+    unshifted = model(canvas(tests[:n]).to(lab.device)).argmax(-1).cpu() == labels[:n]
+    shifts, said = shifted_predictions(model, canvas(tests[:count]).to(lab.device), lab.pick("all", 1))
+    right = (said.cpu() == labels[:count]).double().mean(1)  # of each shift
+    moved = (shifts != 0).any(1)
     return {
-        "unshifted": float(right[0]),
+        "unshifted": float(unshifted.double().mean()),
         "worst": float(right.min()),
         "mean": float(right.mean()),
-        "same": float((said[1:] == said[0]).double().mean()),
+        "same": float((said[moved] == said[~moved]).double().mean()),
     }
 
 
@@ -84,7 +86,9 @@ def run(lab: Lab) -> Finding:
     ]
     loss = Figure("label changed: Twins, circular", 1 - same["Twins, circular"].value)
     if same["Twins, circular"].high is not None and same["Twins, circular"].low is not None:
-        loss = Figure(loss.name, loss.value, 1 - same["Twins, circular"].high, 1 - same["Twins, circular"].low)
+        loss = Figure(
+            loss.name, loss.value, 1 - same["Twins, circular"].high, 1 - same["Twins, circular"].low
+        )
     exact = Figure("least share of labels kept: PolyTwins", min(of("PolyTwins", "same")))
     verdict = OPEN
     if plain["Twins"].value >= 0.85:
@@ -114,12 +118,16 @@ def picture() -> dict[str, Any]:
     """Where the windows of one image lie, before and after it is shifted."""
     g = generator(7)
     image = torch.rand(1, 8, 8, 1, generator=g)
-    cell = (torch.arange(8)[:, None] // 4 * 2 + torch.arange(8) // 4)[None, :, :, None].float()  # window of a place
+    cell = (torch.arange(8)[:, None] // 4 * 2 + torch.arange(8) // 4)[
+        None, :, :, None
+    ].float()  # window of a place
 
     def seen(shift: int, anchor: bool) -> Tensor:
         moved = image.roll((shift, shift), (1, 2))
         at = polyphase_anchor(moved, 4, return_index=True)[1][0].tolist() if anchor else [0, 0]
-        label = cell.roll((at[0] - shift, at[1] - shift), (1, 2)).flatten()  # of the pixels of the unshifted image
+        label = cell.roll(
+            (at[0] - shift, at[1] - shift), (1, 2)
+        ).flatten()  # of the pixels of the unshifted image
         return label[:, None] == label
 
     frames = [
