@@ -118,6 +118,7 @@ def test_the_gradient_is_rolled_back():
 
 def test_subsampled_attention_is_its_formula():
     layer = noisy(SubsampledAttention(8, 2, 2))
+    assert layer.smaller is not None and layer.smaller.bias is not None and layer.norm is not None  # noqa: PT018
     x = normal(2, 4, 6, 8)
     read = torch.zeros(2, 2, 3, 8, dtype=x.dtype)
     for i in range(2):

@@ -20,8 +20,8 @@ SIDE, IMAGES = 16, 60  # canvas; test images that are shifted
 STEPS, BATCH, RATE = 200, 32, 4e-3  # chosen on Twins alone
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals, 60 test images at all 256 circular shifts. Gate: Twins (zero padding, no "
-    "anchors) recognises at least 0.85 of the 360 unshifted images, else open. Then all of: for PolyTwins, every seed and "
-    "every (image, shift) pair has the label of the unshifted image (share exactly 1); Twins with circular padding and "
+    "anchors) recognises at least 0.85 of the 360 unshifted images, else open. Then all of: for PolyTwins, every seed "
+    "and every (image, shift) pair has the label of the unshifted image (share exactly 1); Twins with circular padding and "
     "without anchors, of equal parameters, has it for less than 0.99; and at its worst shift PolyTwins recognises at "
     "least 0.1 more than either of the others and than Twins trained on randomly rolled images"
 )
@@ -136,7 +136,8 @@ def picture() -> dict[str, Any]:
         for anchor in (True, False)
     ]  # fmt: skip
     return pictures.pairs(
-        "Which pixels of an 8 x 8 image share a window of 4 x 4 when the image is shifted: with anchoring always the same.",
+        "Which pixels of an 8 x 8 image share a window of 4 x 4 when the image is shifted: with anchoring always "
+        "the same ones.",
         frames,
         grid=(8, 8),
     )
