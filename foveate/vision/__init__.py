@@ -14,6 +14,15 @@ from foveate.vision.polyphase import (
     shift_consistency,
     shifted_predictions,
 )
+from foveate.vision.shifted_ensemble import (
+    ShiftedWindowEnsemble,
+    ViTLayer,
+    WindowedLayers,
+    WindowedViT,
+    roll_similarity,
+    window_bias,
+    windowed_vit,
+)
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -22,12 +31,19 @@ __all__ = [
     "PolyTwins",
     "PolyTwinsBlock",
     "RelativePositionBias2d",
+    "ShiftedWindowEnsemble",
     "SubsampledAttention",
+    "ViTLayer",
     "WindowAttention",
+    "WindowedLayers",
+    "WindowedViT",
     "multiply_adds",
     "parameters_of",
     "polyphase_anchor",
     "polytwins_base",
+    "roll_similarity",
     "shift_consistency",
     "shifted_predictions",
+    "window_bias",
+    "windowed_vit",
 ]
