@@ -124,7 +124,8 @@ class Check:
 
     Args of the file: make (dotted path), use (a key of `vocabulary.INTERFACES`), arguments (see
     `foveate.catalogue.conformance.subject` for lists and tensors), tokens (queries; a prime by default), heads and
-    head_dim of the inputs, tags (default: the entry's), limits: [{arguments, equals}] with equals "full" or "causal",
+    head_dim of the inputs, grid of a map or of a backbone's images (by default 13 x 11 and 64 x 64), tags (default:
+    the entry's), limits: [{arguments, equals}] with equals "full" or "causal",
     for arguments, in addition to those of the check, under which the mechanism must coincide with dense attention;
     symbols: values for `cost.parameters`, which must then equal the number of parameters.
     """
@@ -135,6 +136,7 @@ class Check:
     tokens: int = 131
     heads: int = 2
     head_dim: int = 16
+    grid: tuple[int, int] | None = None
     tags: tuple[str, ...] | None = None
     limits: tuple[Mapping[str, Any], ...] = ()
     symbols: Mapping[str, float] = field(default_factory=dict)
@@ -394,6 +396,10 @@ def _check_implementation(entry: Entry, refuse) -> None:
         for name in ("tokens", "heads", "head_dim"):
             if getattr(check, name) < 1:
                 refuse("checks", f"{name} = {getattr(check, name)}; accepted: at least 1")
+        if check.grid is not None and (len(check.grid) != 2 or min(check.grid) < 1):
+            refuse("checks", f"grid = {check.grid}; accepted: two sides, each at least 1")
+        if check.grid is not None and check.use not in ("map", "backbone"):
+            refuse("checks", f"grid of a {check.use}; accepted: grid of map, backbone")
         for limit in check.limits:
             if (
                 not isinstance(limit, dict)
@@ -406,7 +412,7 @@ def _check_implementation(entry: Entry, refuse) -> None:
             may = ", ".join(use for use, names in words.CHECKS.items() if "limits" in names)
             refuse("checks", f"limits of a {check.use}; accepted: limits of {may}")
         if check.symbols and "parameter_count" not in words.CHECKS[check.use]:
-            refuse("checks", f"symbols of a {check.use}; accepted: symbols of layer, gate")
+            refuse("checks", f"symbols of a {check.use}; accepted: symbols of layer, map, backbone, gate")
         for symbol, number in check.symbols.items():
             known = [*SYMBOLS, *entry.cost.where]
             if symbol not in known or type(number) not in (int, float):

@@ -133,6 +133,8 @@ INTERFACES = {
     "normalizer": "a normaliser for `attention(normalizer=)`",
     "operator": "a function (q, k, v) -> out",
     "layer": "a module (batch, tokens, dim) -> the same shape",
+    "map": "a module (batch, height, width, dim) -> the same shape",
+    "backbone": "a `foveate.vision.Backbone`: images (batch, channels, height, width) -> scores, and maps",
     "gate": "a module (batch, channels, height, width) -> the same shape",
     "tool": "anything else: it must resolve, and has tests of its own",
 }
@@ -225,6 +227,14 @@ CHECKS: dict[str, dict[str, str]] = {
         "prefix_causality": _PREFIX,
         "permutation": "permuted tokens give the permuted result",
         "segments": "the sequence in segments, or token by token, gives what it gives as a whole",
+    },
+    "map": {**_MODULE},
+    "backbone": {
+        **_MODULE,
+        "shape_and_dtype": "scores (batch, classes) of the input's dtype come back, finite",
+        "maps": "its maps have the channels and strides that it declares; features_only gives them, num_classes=0 the "
+        "pooled features",
+        "any_size": "images with prime sides are accepted, or refused with a ValueError that names sizes",
     },
     "gate": {**_MODULE, "weight_range": "what it multiplies by stays in the range that it declares"},
     "tool": {"resolves": "the dotted path leads to an object"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from foveate.vision.backbone import Backbone, parameters_of
 from foveate.vision.count import multiply_adds
+from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.polyphase import (
     Anchored,
     PolyTwins,
@@ -35,8 +36,10 @@ __all__ = [
     "SubsampledAttention",
     "ViTLayer",
     "WindowAttention",
+    "WindowReach",
     "WindowedLayers",
     "WindowedViT",
+    "explain_window",
     "multiply_adds",
     "parameters_of",
     "polyphase_anchor",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
+
+from foveate.core.attention import attention
+from foveate.core.layout import BlockLayout
+from foveate.core.scores import Bias, RelativeBias
 
 Pair = tuple[int, int]
 
@@ -86,9 +93,10 @@ def attend(
     k: Tensor,
     v: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor | RelativeBias | None = None,
     mask: Tensor | None = None,
     scale: float | None = None,
+    engine: str = "auto",
 ) -> Tensor:
     """Softmax attention in many small groups at once.
 
@@ -96,30 +104,86 @@ def attend(
 
     Args:
         q: (G, heads, n, d), k: (G, heads, m, d), v: (G, heads, m, e); G counts windows, those of one image together.
-        bias: (heads, n, m), the same for all groups.
+        bias: (heads, n, m), the same for all groups, or a `RelativeBias` of a window, which saves writing it out.
         mask: bool (W, n, m), True = may be seen; W divides G and group g takes mask[g % W]. A row that sees nothing
-            gives 0.
+            gives 0. Keep the tensor where it is used again: its layout is made once.
         scale: default d^-0.5.
+        engine: "native": `foveate.attention`, first derivatives only; "dense": batched matrix products; "auto": native
+            on CPU in float32 and bfloat16 from nine keys on, where it is measured faster, else dense.
 
     Returns:
         (G, heads, n, e)
     """
-    if mask is not None and (mask.dtype != torch.bool or q.shape[0] % mask.shape[0]):
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 3 or q.shape[0] % mask.shape[0]):
         raise ValueError(
             f"attend: mask must be bool (W, n, m) with W a divisor of {q.shape[0]} groups, "
             f"got {mask.dtype} {tuple(mask.shape)}"
         )
+    if engine not in ("auto", "native", "dense"):
+        raise ValueError(f"attend: engine must be 'auto', 'native' or 'dense', got {engine!r}")
+    if engine == "auto":
+        small = q.dtype in (torch.float32, torch.bfloat16) and k.shape[2] >= 9 and k.shape[1] == q.shape[1]
+        fits = q.device.type == "cpu" and small and not torch.compiler.is_compiling()
+        engine = "native" if fits else "dense"
+    return (_native if engine == "native" else _dense)(q, k, v, bias, mask, scale)
+
+
+def _dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | RelativeBias | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
     logits = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.mT  # (G, heads, n, m)
-    if bias is not None:
+    if isinstance(bias, RelativeBias):
+        logits = bias.apply(logits)
+    elif bias is not None:
         logits = logits + bias
     if mask is None:
         return logits.softmax(3) @ v
     some = mask.any(2, keepdim=True)  # (W, n, 1)
     groups = logits.unflatten(0, (-1, mask.shape[0]))  # (G / W, W, heads, n, m)
-    weights = groups.masked_fill((some & ~mask)[:, None], -torch.inf).softmax(4)
-    if not bool(some.all()):
-        weights = weights * some[:, None]
+    weights = groups.masked_fill((some & ~mask)[:, None], -torch.inf).softmax(4) * some[:, None]
     return weights.flatten(0, 1) @ v
+
+
+def _native(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | RelativeBias | None,
+    mask: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """A layout has a set per batch row or per head: with a mask the W windows of an image become heads."""
+    if mask is None:
+        score = Bias(bias[None]) if isinstance(bias, Tensor) else bias
+        return cast(Tensor, attention(q, k, v, score=score, scale=scale, engine="native"))
+    w, heads = mask.shape[0], q.shape[1]
+    as_heads = lambda t: t.unflatten(0, (-1, w)).flatten(1, 2)  # noqa: E731  (G / W, W heads, tokens, d)
+    if isinstance(bias, RelativeBias):
+        score = replace(bias, table=bias.table.expand(heads, -1, -1).repeat(w, 1, 1))
+    else:
+        score = None if bias is None else Bias(bias.repeat(w, 1, 1)[None])
+    layout = _layout(mask, heads)
+    out = attention(as_heads(q), as_heads(k), as_heads(v), layout, score=score, scale=scale, engine="native")
+    return cast(Tensor, out).unflatten(1, (w, heads)).flatten(0, 1)
+
+
+_layouts = WeakIdKeyDictionary()  # mask -> (its version, heads, layout)
+
+
+def _layout(mask: Tensor, heads: int) -> BlockLayout:
+    """The layout of a mask (W, n, m) for W heads each; kept while the tensor lives and is not written to."""
+    known = None if mask.is_inference() else _layouts.get(mask)
+    if known is None or known[:2] != (mask._version, heads):
+        known = (0, heads, BlockLayout.from_mask(mask.repeat_interleave(heads, 0)))
+        if not mask.is_inference():
+            known = (mask._version, *known[1:])
+            _layouts[mask] = known
+    return known[2]
 
 
 @lru_cache(maxsize=64)
@@ -164,6 +228,17 @@ class RelativePositionBias2d(nn.Module):
 
     def forward(self, window: int | Pair | None = None) -> Tensor:
         """(heads, n, n) for the window of the table, or for a smaller one inside it."""
+        mine, table = self._inside(window)
+        n = mine[0] * mine[1]
+        index = relative_index(mine, table.device).flatten()
+        return table.index_select(0, index).view(n, n, -1).permute(2, 0, 1)  # (heads, n, n)
+
+    def score(self, window: int | Pair | None = None) -> RelativeBias:
+        """The same as a score for `attend` and `foveate.attention`, which read the table without writing it out."""
+        mine, table = self._inside(window)
+        return RelativeBias(table.T.unflatten(1, (2 * mine[0] - 1, 2 * mine[1] - 1)), shape=mine)
+
+    def _inside(self, window: int | Pair | None) -> tuple[Pair, Tensor]:
         mine = self.window if window is None else pair("RelativePositionBias2d", "window", window)
         if any(n > most for n, most in zip(mine, self.window, strict=True)):
             raise ValueError(
@@ -173,9 +248,7 @@ class RelativePositionBias2d(nn.Module):
         if mine != self.window:
             rows, columns = (slice(most - n, most + n - 1) for n, most in zip(mine, self.window, strict=True))
             table = table.unflatten(0, (2 * self.window[0] - 1, -1))[rows, columns].flatten(0, 1)
-        n = mine[0] * mine[1]
-        index = relative_index(mine, table.device).flatten()
-        return table.index_select(0, index).view(n, n, -1).permute(2, 0, 1)  # (heads, n, n)
+        return mine, table
 
     @torch.no_grad()
     def resize_(self, window: int | Pair) -> RelativePositionBias2d:
@@ -234,7 +307,7 @@ class WindowAttention(nn.Module):
         grid = padded.shape[1], padded.shape[2]
         qkv = partition(self.qkv(padded), window).unflatten(2, (3, self.heads, -1))  # (G, n, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        bias = None if self.relative is None else self.relative(window)
+        bias = None if self.relative is None else self.relative.score(window)
         mask = None
         if self.edge == "mask" and grid != (h, w):
             real = F.pad(x.new_ones(1, h, w, 1), (0, 0, 0, grid[1] - w, 0, grid[0] - h))

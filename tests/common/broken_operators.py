@@ -1,9 +1,11 @@
-"""Operators, layers and gates: good ones, and ones with a single flaw each."""
+"""Operators, layers, maps, backbones and gates: good ones, and ones with a single flaw each."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+
+from foveate.vision import Backbone
 
 
 # ------------------------------------------------------------------------------------------------ operators
@@ -318,3 +320,103 @@ class VagueGate(nn.Module):
 
     def forward(self, x):
         return x * self.scale
+
+
+# ------------------------------------------------------------------------------------------------ maps, backbones
+class Local(nn.Module):
+    """Good: a depthwise convolution on (batch, height, width, dim)."""
+
+    def __init__(self, dim=32):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x):
+        return x + self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class FlatMap(Local):
+    def forward(self, x):
+        return super().forward(x).flatten(1, 2)
+
+
+class BatchMap(Local):
+    def forward(self, x):
+        return super().forward(x - x.mean(0, keepdim=True))
+
+
+class Pyramid(Backbone):
+    """Good: two convolutions."""
+
+    def __init__(self, num_classes=5, features_only=False):
+        super().__init__(
+            channels=(4, 6), strides=(2, 4), num_classes=num_classes, features_only=features_only
+        )
+        self.one, self.two = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1)
+        self.make_head(nn.LayerNorm(6))
+
+    def forward_features(self, images):
+        self.check(images)
+        fine = torch.relu(self.one(images))
+        return [fine, self.two(fine)]
+
+
+class WrongStride(Pyramid):
+    def forward_features(self, images):
+        return [m[:, :, ::2] for m in super().forward_features(images)]
+
+
+class ScoresOnly(Pyramid):
+    def forward(self, images):
+        return (
+            self.forward_head(self.forward_features(images))
+            if self.features_only
+            else super().forward(images)
+        )
+
+
+class Fixed(Pyramid):
+    def forward_features(self, images):
+        if images.shape[2] % 4:
+            raise ValueError("this size does not fit")
+        return super().forward_features(images)
+
+
+class FlatScores(Pyramid):
+    def forward(self, images):
+        return super().forward(images).flatten()
+
+
+class BatchPyramid(Pyramid):
+    def forward_features(self, images):
+        return super().forward_features(images - images.mean(0, keepdim=True))
+
+
+def flawed(base, flaw):
+    """A class of modules like `base`, with one flaw."""
+
+    class Flawed(base):
+        def __init__(self, **options):
+            super().__init__(**options)
+            if flaw == "idle":
+                self.spare = nn.Parameter(torch.ones(2))
+            if flaw == "secret":
+                self.hidden = torch.rand(())
+            if flaw == "unseeded":
+                g = torch.Generator()
+                g.seed()
+                with torch.no_grad():
+                    next(self.parameters()).copy_(torch.randn(next(self.parameters()).shape, generator=g))
+
+        def forward(self, x):
+            if flaw == "scribbling":
+                x.mul_(2)
+            if flaw == "raw":
+                x = x.view(-1).view(x.shape)
+            out = super().forward(x)
+            if isinstance(out, list):
+                return out
+            if flaw == "noisy":
+                out = out + torch.rand(())
+            return out * self.hidden.to(out) if flaw == "secret" else out
+
+    return Flawed

@@ -76,6 +76,45 @@ def test_attend_is_softmax_attention_per_group():
         attend(q, k, v, mask=torch.ones(4, 5, 7, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["none", "tensor", "relative"])
+def test_both_engines_give_the_same_forward_and_gradients(masked, kind):
+    g = torch.Generator().manual_seed(1)
+    n = 15 if kind == "relative" else 13
+    q, k, v = (torch.randn(8, n, 3, 2, 5, generator=g).permute(2, 0, 3, 1, 4)[i] for i in range(3))
+    table = torch.randn(2, 5, 9, generator=g)
+    tensor = torch.randn(2, n, n, generator=g)
+    mask = None
+    if masked:
+        mask = torch.rand(4, n, n, generator=g) < 0.4
+        mask[2, 5] = False
+    found = {}
+    for engine, dtype in (("native", torch.float32), ("dense", torch.float64), ("auto", torch.float32)):
+        own = [t.to(dtype).requires_grad_() for t in (q, k, v, table, tensor)]
+        bias = {"none": None, "tensor": own[4], "relative": fv.RelativeBias(own[3], shape=(3, 5))}[kind]
+        out = attend(*own[:3], bias=bias, mask=mask, engine=engine)
+        used = own[:3] + {"none": [], "tensor": own[4:], "relative": own[3:4]}[kind]
+        found[engine] = [out, *torch.autograd.grad(out.sin().sum(), used)]
+    for got, want, auto in zip(*found.values(), strict=True):
+        assert torch.allclose(got.double(), want, atol=2e-5)
+        assert torch.equal(got, auto)
+    if masked:
+        assert not found["native"][0][2, :, 5].any()
+
+
+def test_a_mask_that_was_written_to_counts_anew():
+    q, mask = torch.randn(2, 1, 9, 4), torch.ones(1, 9, 9, dtype=torch.bool)
+    before = attend(q, q, q, mask=mask)
+    assert torch.equal(before, attend(q, q, q, mask=mask))
+    mask[:, :, 4:] = False
+    after = attend(q, q, q, mask=mask)
+    assert torch.allclose(after, attend(q, q[:, :, :4], q[:, :, :4], engine="dense"), atol=1e-6)
+    with torch.inference_mode():
+        assert torch.allclose(attend(q, q, q, mask=mask.clone()), after)
+    with pytest.raises(ValueError, match="engine must be"):
+        attend(q, q, q, engine="flex")
+
+
 def test_relative_bias_reads_the_table_by_distance_and_smaller_windows_read_its_middle():
     bias = RelativePositionBias2d((3, 5), heads=2)
     full, table = bias(), bias.table.view(5, 9, 2)
@@ -87,6 +126,7 @@ def test_relative_bias_reads_the_table_by_distance_and_smaller_windows_read_its_
     for i in range(6):
         for j in range(6):
             assert torch.equal(small[:, i, j], table[i // 3 - j // 3 + 2, i % 3 - j % 3 + 4])
+    assert torch.equal(bias.score((2, 3)).apply(torch.zeros(1, 2, 6, 6))[0], small)
     with pytest.raises(ValueError, match="at most"):
         bias((4, 5))
     same = RelativePositionBias2d(4, heads=1)

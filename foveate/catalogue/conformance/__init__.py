@@ -38,6 +38,8 @@ FUNCTIONS: dict[str, Mapping[str, Callable[[Subject], None]]] = {
     "normalizer": scores.CHECKS,
     "operator": operators.CHECKS,
     "layer": modules.LAYERS,
+    "map": modules.MAP_LAYERS,
+    "backbone": modules.BACKBONES,
     "gate": modules.GATES,
     "tool": {"resolves": resolves},
 }
@@ -87,7 +89,7 @@ def checks_of_object(
     Args:
         make: called as `make(**arguments)`, gives a new object each time.
         use: a key of `vocabulary.INTERFACES`; tags: of `vocabulary.TAGS`.
-        check: tokens, heads, head_dim, limits and symbols of `entry.Check`.
+        check: tokens, heads, head_dim, grid, limits and symbols of `entry.Check`.
 
     Raises:
         ValueError: an unknown interface or tag.

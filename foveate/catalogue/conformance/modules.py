@@ -1,7 +1,9 @@
-"""Checks of modules: layers (batch, tokens, dim) and gates (batch, channels, height, width), each to the same shape.
+"""Checks of modules: layers (batch, tokens, dim), maps (batch, height, width, dim) and gates (batch, channels, height,
+width), each to the same shape; backbones, from images to scores and maps.
 
-`dim` and the channels are heads * head_dim of the check. A gate may declare what it multiplies by: a method
-`weights(x)` and an attribute `weight_range = (low, high)`.
+`dim` and the channels are heads * head_dim of the check; `grid` gives a map's sides, and those of a backbone's images.
+
+A gate may declare what it multiplies by: a method `weights(x)` and an attribute `weight_range = (low, high)`.
 
 A stateful layer has `initial_state(x)`, the state before the first token for inputs like x; `layer(x, state=s)` takes
 the next tokens and returns (out, state after them), without changing s.
@@ -10,6 +12,7 @@ the next tokens and returns (out, state after them), without changing s.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +24,34 @@ MAPS = ((5, 7), (13, 11))
 
 # ------------------------------------------------------------------------------------------- what modules need
 def sizes(s: Subject) -> list[tuple[int, ...]]:
-    """Sizes of inputs without batch and channels, those that must be accepted first; then odd ones of a layer."""
-    return [*MAPS] if s.check.use == "gate" else [(s.check.tokens,), *((n,) for n in ODD)]
+    """Sizes of inputs without batch and channels, those that must be accepted first; others may be refused."""
+    if s.check.use == "gate":
+        return [*MAPS]
+    if s.check.use == "map":
+        return [s.check.grid or MAPS[1], *MAPS, (3, 17), (63, 2)]
+    if s.check.use == "backbone":
+        return [s.check.grid or (64, 64)]
+    return [(s.check.tokens,), *((n,) for n in ODD)]
 
 
 def given(s: Subject, size: tuple[int, ...], batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
-    """A seeded input (batch, tokens, dim) or (batch, channels, height, width)."""
-    shape = (batch, s.dim, *size) if s.check.use == "gate" else (batch, *size, s.dim)
+    """A seeded input (batch, tokens, dim), (batch, height, width, dim) or (batch, channels, height, width)."""
+    shape = (batch, *size, s.dim)
+    if s.check.use in ("gate", "backbone"):
+        width = s.dim if s.check.use == "gate" else int(s.check.arguments.get("in_channels", 3))
+        shape = (batch, width, *size)
     return s.normal(*shape, dtype=dtype, seed=sum(size))
 
 
-def module(s: Subject, seed: int = 0, *, stirred: bool = True) -> nn.Module:
+def module(s: Subject, seed: int = 0, *, stirred: bool = True, **other: Any) -> nn.Module:
     """The module in float64 and eval mode, made under a seed.
 
-    stirred: noise is added to every parameter, so that parts which start at zero take part.
+    stirred: noise is added to every parameter, so that parts which start at zero take part. other: arguments that
+    replace those of the check.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = s.build()
+        made = s.build(**other)
         demand(
             isinstance(made, nn.Module), f"{made!r} is a {type(made).__name__}; accepted: a torch.nn.Module"
         )
@@ -67,8 +80,11 @@ def shape_and_dtype(s: Subject) -> None:
             if out is None:
                 demand(number >= must, f"refuses {tuple(x.shape)}, which the check asks for: {refusal}")
                 continue
+            want = (len(x), layer.num_classes) if s.check.use == "backbone" else tuple(x.shape)
             demand(
-                out.shape == x.shape, f"{tuple(x.shape)} became {tuple(out.shape)}; accepted: the same shape"
+                tuple(out.shape) == want,
+                f"{tuple(x.shape)} became {tuple(out.shape)}; accepted: "
+                f"{want if s.check.use == 'backbone' else 'the same shape'}",
             )
             demand(out.dtype == dtype, f"{dtype} became {out.dtype}")
             demand(
@@ -203,6 +219,59 @@ def segments(s: Subject) -> None:
         same(f"{len(ends)} segments ending at {ends[:7]}", torch.cat(parts, 1), full[:, : ends[-1]])
 
 
+# ------------------------------------------------------------------------------------------------------ backbones
+def maps(s: Subject) -> None:
+    size = sizes(s)[0]
+    x = given(s, size)
+    whole: Any = module(s)
+    found = whole.forward_features(x)
+    demand(
+        isinstance(found, list) and len(found) == len(whole.channels) == len(whole.strides),
+        f"forward_features returned {len(found)} maps; channels are {whole.channels}, strides {whole.strides}",
+    )
+    for number, (got, width, stride) in enumerate(zip(found, whole.channels, whole.strides, strict=True)):
+        want = (len(x), width, *(-(-n // stride) for n in size))
+        demand(
+            tuple(got.shape) == want,
+            f"map {number} of images {size} is {tuple(got.shape)}; stride {stride} and {width} channels give {want}",
+        )
+    same("forward, against forward_head(forward_features)", whole(x), whole.forward_head(found))
+    state = whole.state_dict()
+    options: tuple[dict[str, Any], ...] = ({"features_only": True}, {"num_classes": 0})
+    for other in options:
+        part: Any = module(s, 1, stirred=True, **other)
+        lacks = set(part.state_dict()) - set(state)
+        demand(not lacks, f"made with {other} it has {sorted(lacks)} besides")
+        part.load_state_dict({name: t for name, t in state.items() if name in part.state_dict()})
+        if "features_only" in other:
+            got = part(x)
+            demand(
+                isinstance(got, list),
+                f"with features_only it returned a {type(got).__name__}, not a list of maps",
+            )
+            for number, (one, want) in enumerate(zip(got, found, strict=True)):
+                same(f"map {number} with features_only", one, want)
+        else:
+            got = part(x)
+            demand(
+                isinstance(got, Tensor) and got.ndim == 2 and len(got) == len(x),
+                f"with num_classes=0 it returned {tuple(got.shape)}; accepted: pooled features (batch, channels)",
+            )
+
+
+def any_size(s: Subject) -> None:
+    layer = module(s)
+    for size in ((61, 67), (97, 53)):
+        out, refusal = refused(lambda size=size: _run(layer, given(s, size)))
+        if out is None:
+            demand(
+                refusal.startswith("ValueError") and any(c.isdigit() for c in refusal),
+                f"refuses images of {size} without naming sizes that it takes: {refusal}",
+            )
+        else:
+            demand(bool(torch.isfinite(out).all()), f"images of {size} give what is not finite")
+
+
 # ---------------------------------------------------------------------------------------------------------- gates
 def weight_range(s: Subject) -> None:
     gate = module(s)
@@ -238,4 +307,6 @@ SHARED = (
     strides,
 )
 LAYERS = {f.__name__: f for f in (*SHARED, prefix_causality, permutation, segments)}
+BACKBONES = {f.__name__: f for f in (*SHARED, maps, any_size)}
+MAP_LAYERS = {f.__name__: f for f in SHARED}
 GATES = {f.__name__: f for f in (*SHARED, weight_range)}
