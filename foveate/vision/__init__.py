@@ -15,6 +15,18 @@ from foveate.vision.polyphase import (
     shift_consistency,
     shifted_predictions,
 )
+from foveate.vision.resnet import (
+    ResidualBlock,
+    ResNet,
+    resnet18,
+    resnet50,
+)
+from foveate.vision.scale_attention import (
+    DuoFormer,
+    ScalePatchAttention,
+    ScaleTokens,
+    duoformer,
+)
 from foveate.vision.shifted_ensemble import (
     ShiftedWindowEnsemble,
     ViTLayer,
@@ -29,9 +41,14 @@ from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 __all__ = [
     "Anchored",
     "Backbone",
+    "DuoFormer",
     "PolyTwins",
     "PolyTwinsBlock",
     "RelativePositionBias2d",
+    "ResNet",
+    "ResidualBlock",
+    "ScalePatchAttention",
+    "ScaleTokens",
     "ShiftedWindowEnsemble",
     "SubsampledAttention",
     "ViTLayer",
@@ -39,11 +56,14 @@ __all__ = [
     "WindowReach",
     "WindowedLayers",
     "WindowedViT",
+    "duoformer",
     "explain_window",
     "multiply_adds",
     "parameters_of",
     "polyphase_anchor",
     "polytwins_base",
+    "resnet18",
+    "resnet50",
     "roll_similarity",
     "shift_consistency",
     "shifted_predictions",
