@@ -170,7 +170,9 @@ def test_one_scale_is_a_vit_over_the_last_level():
 def test_other_grids_resize_the_positions():
     model, x = small(), normal(1, 4, 5, 6, 8)
     resized = small(regions=(4, 5))
-    wide = F.interpolate(model.region_positions.permute(0, 3, 1, 2), (4, 5), mode="bicubic", align_corners=False)
+    wide = F.interpolate(
+        model.region_positions.permute(0, 3, 1, 2), (4, 5), mode="bicubic", align_corners=False
+    )
     with torch.no_grad():
         for mine, other in zip(resized.parameters(), model.parameters(), strict=True):
             mine.copy_(wide.permute(0, 2, 3, 1) if mine is resized.region_positions else other)
