@@ -21,8 +21,8 @@ STEPS, BATCH, RATE = 200, 32, 4e-3  # chosen on Twins alone
 COUNTS_IF = (
     "three seeds, paired, 95 % intervals, 60 test images at all 256 circular shifts. Gate: Twins (zero padding, no "
     "anchors) recognises at least 0.85 of the 360 unshifted images, else open. Then all of: for PolyTwins, every seed "
-    "and every (image, shift) pair has the label of the unshifted image (share exactly 1); Twins with circular padding "
-    "and without anchors, of equal parameters, has it for less than 0.99; and at its worst shift PolyTwins recognises at "
+    "and every (image, shift) pair has the label of the unshifted image (share exactly 1); Twins with circular padding and "  # noqa: E501
+    "without anchors, of equal parameters, has it for less than 0.99; and at its worst shift PolyTwins recognises at "
     "least 0.1 more than either of the others and than Twins trained on randomly rolled images"
 )
 ARMS: dict[str, dict[str, Any]] = {
