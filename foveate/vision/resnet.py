@@ -109,7 +109,7 @@ class ResNet(Backbone):
         x: Any = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            x = stage(x)  # type: ignore[operator]
             maps.append(x)
         return maps
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -261,7 +261,7 @@ class WindowedViT(Backbone):
     ) -> None:
         self.patches = patches
         self.ensemble = ShiftedWindowEnsemble(body, 0 if shift is None else shift, mode=mode)
-        self.half = shift is None
+        self.by_half_window = shift is None
         self.last_norm = norm  # of the map, before it is given out
         self.make_head()
 
@@ -276,7 +276,7 @@ class WindowedViT(Backbone):
             )
         x = self.patches(images).permute(0, 2, 3, 1)  # (B, h, w, C)
         window = body.window((x.shape[1], x.shape[2]))
-        x = self.ensemble(x, shift=(window[0] // 2, window[1] // 2) if self.half else None)
+        x = self.ensemble(x, shift=(window[0] // 2, window[1] // 2) if self.by_half_window else None)
         return [self.last_norm(x).permute(0, 3, 1, 2)]
 
 
@@ -366,7 +366,7 @@ def window_bias(features: Tensor, window: int | Pair) -> float:
     return float(1 - (within / (n - p)) / (total / (n - 1)).clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def roll_similarity(model: nn.Module, x: Tensor, shift: int | Pair) -> float:
+def roll_similarity(model: Callable[[Tensor], Tensor], x: Tensor, shift: int | Pair) -> float:
     """Mean cosine, cell by cell, of f(x) and f(roll(x)) rolled back: 1 for a module that commutes with the roll.
 
     Args:

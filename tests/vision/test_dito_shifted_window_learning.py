@@ -157,6 +157,11 @@ def test_backbone_shift_grid_and_positions():
     tokens = model.patches(image).permute(0, 2, 3, 1)
     assert torch.equal(whole, model.last_norm(model.ensemble(tokens)).permute(0, 3, 1, 2))
     assert model(normal(1, 3, 12, 20)).shape == (1, 3)
+    assert (
+        half.float().bfloat16()(image.bfloat16()).dtype == torch.bfloat16
+    )  # no attribute hides a Module's method
+    assert half.half().patches.weight.dtype == torch.float16
+    half.double()
     assert model.ensemble.module.global_layers == {0, 1, 2, 3}
     features = WindowedViT(8, 2, 2, patch=2, windows_per_side=2, features_only=True)
     assert [tuple(m.shape) for m in features(normal(1, 3, 8, 12, dtype=torch.float32))] == [(1, 8, 4, 6)]
