@@ -79,6 +79,7 @@ bench: $(VENV)/.cli
 	$(BIN)/python benchmarks/prefill_selectors.py --resume
 	$(BIN)/python benchmarks/reader_recall.py
 	$(BIN)/python benchmarks/linear_scan.py --rounds 1
+	$(BIN)/python benchmarks/windows.py
 
 evidence: $(VENV)/.cli
 	$(BIN)/foveate reproduce --all --resume --out foveate/catalogue/evidence

@@ -2,21 +2,27 @@
 
     import foveate as fv
     model, tokenizer = fv.organisms.load("reader")
+    viewer, scenes = fv.organisms.load("viewer")
 
 `reader` is a byte-level causal language model (Llama architecture, 2.4 M parameters, context 4096) that reads
 Python and answers key-value questions about what it read; its card is
-``foveate/organisms/reader/weights/README.md``.
+``foveate/organisms/reader/weights/README.md``. `viewer` is a small window transformer (Swin, 0.6 M parameters) that
+finds, names and counts handwritten digits in scenes; its card is ``foveate/organisms/viewer/weights/README.md``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from foveate.organisms.reader.data import ByteTokenizer
 
+if TYPE_CHECKING:
+    from foveate.organisms.viewer.model import Viewer
+    from foveate.organisms.viewer.scenes import Scenes
+
 _HERE = Path(__file__).resolve().parent
-_NAMES = ("reader",)
+_NAMES = ("reader", "viewer")
 
 __all__ = ["ByteTokenizer", "load", "names", "path"]
 
@@ -25,7 +31,7 @@ def names() -> tuple[str, ...]:
     """Names of the organisms that `load` accepts.
 
     >>> names()
-    ('reader',)
+    ('reader', 'viewer')
     """
     return _NAMES
 
@@ -46,18 +52,33 @@ def path(name: str = "reader") -> Path:
     return folder
 
 
-def load(name: str = "reader") -> tuple[Any, ByteTokenizer]:
-    """An organism and its tokenizer: a transformers model in eval mode, float32, on CPU.
+@overload
+def load(name: Literal["reader"] = "reader") -> tuple[Any, ByteTokenizer]: ...
+@overload
+def load(name: Literal["viewer"]) -> tuple[Viewer, Scenes]: ...
+def load(name: str = "reader") -> tuple[Any, Any]:
+    """An organism in eval mode, float32, on CPU, and what makes its inputs.
 
-    Errors: ImportError naming the extra when transformers is missing; ValueError for an unknown name.
+    Args:
+        name: "reader": a transformers model and its tokenizer; "viewer": a `viewer.model.Viewer` and the
+            `viewer.scenes.Scenes` that it was trained on.
+
+    Errors: ImportError naming the extra when transformers is missing (reader) or scikit-learn, once scenes are drawn
+    (viewer); ValueError for an unknown name.
 
     >>> model, tokenizer = load("reader")
     >>> ids = tokenizer.encode("import os\\n")
+    >>> viewer, scenes = load("viewer")
+    >>> found = viewer.find(scenes.sample(0, 1, held_out=True).images)[0]
     """
     folder = path(name)
+    if name == "viewer":
+        from foveate.organisms.viewer.train import load as load_viewer
+
+        return load_viewer(folder)
     try:
         from transformers import LlamaForCausalLM
     except ImportError as error:
-        raise ImportError("organisms are transformers models: pip install 'foveate[hf]'") from error
+        raise ImportError("reader is a transformers model: pip install 'foveate[hf]'") from error
     model = LlamaForCausalLM.from_pretrained(folder, dtype="float32")
     return model.eval(), ByteTokenizer()

@@ -36,12 +36,26 @@ from foveate.vision.shifted_ensemble import (
     window_bias,
     windowed_vit,
 )
+from foveate.vision.swin import (
+    PatchMerging,
+    ShiftedWindowAttention,
+    Swin,
+    SwinBlock,
+    swin_base,
+    swin_from_timm,
+    swin_from_transformers,
+    swin_large,
+    swin_small,
+    swin_tiny,
+)
+from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
     "Anchored",
     "Backbone",
     "DuoFormer",
+    "PatchMerging",
     "PolyTwins",
     "PolyTwinsBlock",
     "RelativePositionBias2d",
@@ -49,8 +63,14 @@ __all__ = [
     "ResidualBlock",
     "ScalePatchAttention",
     "ScaleTokens",
+    "ShiftedWindowAttention",
     "ShiftedWindowEnsemble",
     "SubsampledAttention",
+    "Swin",
+    "SwinBlock",
+    "SwinVSA",
+    "VSABlock",
+    "VariedSizeWindowAttention",
     "ViTLayer",
     "WindowAttention",
     "WindowReach",
@@ -67,6 +87,14 @@ __all__ = [
     "roll_similarity",
     "shift_consistency",
     "shifted_predictions",
+    "swin_base",
+    "swin_from_timm",
+    "swin_from_transformers",
+    "swin_large",
+    "swin_small",
+    "swin_tiny",
+    "swin_vsa_small",
+    "swin_vsa_tiny",
     "window_bias",
     "windowed_vit",
 ]

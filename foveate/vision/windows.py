@@ -188,9 +188,11 @@ def _layout(mask: Tensor, heads: int) -> BlockLayout:
 
 @lru_cache(maxsize=64)
 def _index(window: Pair) -> Tensor:
-    at = torch.stack(torch.meshgrid(*(torch.arange(n) for n in window), indexing="ij")).flatten(1)  # (2, n)
-    apart = at[:, :, None] - at[:, None]  # query - key
-    return (apart[0] + window[0] - 1) * (2 * window[1] - 1) + apart[1] + window[1] - 1
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for others, whoever asks first
+        sides = (torch.arange(n) for n in window)
+        at = torch.stack(torch.meshgrid(*sides, indexing="ij")).flatten(1)  # (2, n)
+        apart = at[:, :, None] - at[:, None]  # query - key
+        return (apart[0] + window[0] - 1) * (2 * window[1] - 1) + apart[1] + window[1] - 1
 
 
 def relative_index(window: int | Pair, device: torch.device | str | None = None) -> Tensor:

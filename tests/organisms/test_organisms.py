@@ -26,8 +26,8 @@ def reader():
 
 
 def test_names_and_errors():
-    assert organisms.names() == ("reader",)
-    with pytest.raises(ValueError, match="'writer', accepted one of reader"):
+    assert organisms.names() == ("reader", "viewer")
+    with pytest.raises(ValueError, match="'writer', accepted one of reader, viewer"):
         organisms.path("writer")
 
 

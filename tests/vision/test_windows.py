@@ -268,3 +268,22 @@ def test_windows_are_counted_by_their_pairs():
     for device in ("cpu", "meta"):
         with torch.device(device):
             assert multiply_adds(Images(), (8, 12), in_channels=8) == 96 * (4 * 8 * 8 + 2 * 16 * 8)
+
+
+def test_masks_need_no_values():
+    """On the meta device too, and without asking the device whether a row sees nothing."""
+    q = torch.empty(6, 2, 4, 8, device="meta")
+    mask = torch.empty(3, 4, 4, dtype=torch.bool, device="meta")
+    assert attend(q, q, q, mask=mask).shape == q.shape
+
+
+def test_an_index_first_asked_for_elsewhere_can_be_used():
+    with torch.device("meta"):
+        RelativePositionBias2d((5, 11), 1)()
+    with torch.inference_mode():
+        RelativePositionBias2d((11, 5), 1)()
+    for window in ((5, 11), (11, 5)):
+        bias = RelativePositionBias2d(window, 1)
+        bias().sum().backward()
+        assert bias.table.grad is not None
+        assert float(bias.table.grad.sum()) == 55**2

@@ -34,8 +34,9 @@ class Mosaic(nn.Module):
 
     def __init__(self, shift: int) -> None:
         super().__init__()
-        self.vit = WindowedViT(DIM, 2, 3, patch=PATCH, grid=(SIDE // PATCH, SIDE // PATCH), windows_per_side=3, mlp_ratio=2.0,
-                               global_layers=(2,), shift=shift, in_channels=1, features_only=True)  # fmt: skip
+        self.vit = WindowedViT(DIM, 2, 3, patch=PATCH, grid=(SIDE // PATCH, SIDE // PATCH), windows_per_side=3,
+                               mlp_ratio=2.0, global_layers=(2,), shift=shift, in_channels=1,
+                               features_only=True)  # fmt: skip
         self.read = nn.Linear(DIM, CLASSES)
 
     def features(self, cells: Tensor) -> Tensor:
