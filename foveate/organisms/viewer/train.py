@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from foveate.organisms.viewer.evaluate import evaluate
 from foveate.organisms.viewer.model import Viewer, ViewerConfig, losses
@@ -101,6 +100,8 @@ class Trainer:
 
     def run(self) -> None:
         """To the end, with a line in the log every 25 steps, figures and checkpoints now and then."""
+        from tqdm import tqdm
+
         c = self.config
         sums: dict[str, float] = {}
         for _ in tqdm(range(self.step_number, c.steps), initial=self.step_number, total=c.steps):
