@@ -14,9 +14,12 @@ from foveate.core.patterns.base import Pattern
 from foveate.vision.windows import pair
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BATCH = 64  # queries of one backward pass
+PAPER, FAR, INK, MARK = (0.96, 0.96, 0.95), (0.66, 0.77, 0.90), (0.10, 0.25, 0.48), (0.93, 0.58, 0.20)
+LEGEND = "orange; dark: seen in this layer; light: has reached it through all layers so far"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,28 +74,26 @@ class WindowReach:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError("plots need matplotlib: pip install 'foveate[viz]'") from error
-        at = (self.grid[0] // 2, self.grid[1] // 2) if query is None else query
         count = len(self.names)
         figure = Figure(figsize=(2.4 * count + 0.4, 2.9), layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
-        paper, far, ink, mark = torch.tensor(
-            [[0.96, 0.96, 0.95], [0.66, 0.77, 0.90], [0.10, 0.25, 0.48], [0.93, 0.58, 0.20]]
-        )
+        self.draw(figure.subplots(1, count, squeeze=False)[0], query)
+        figure.suptitle(f"query {LEGEND}", fontsize=8)
+        return figure
+
+    def draw(self, axes: Sequence[Axes], query: tuple[int, int] | None = None) -> None:
+        """The maps of `plot` on given matplotlib axes, one per layer."""
+        at = (self.grid[0] // 2, self.grid[1] // 2) if query is None else query
         for layer, (place, name) in enumerate(zip(axes, self.names, strict=True)):
-            image = paper.expand(*self.grid, 3).clone()
             reached = self.field(at, layer)
-            image[reached] = far
-            image[self.seen(at, layer)] = ink
-            image[at] = mark
+            image = torch.tensor(PAPER).expand(*self.grid, 3).clone()
+            image[reached] = torch.tensor(FAR)
+            image[self.seen(at, layer)] = torch.tensor(INK)
+            image[at] = torch.tensor(MARK)
             place.imshow(image.numpy(), interpolation="nearest")
             place.set_title(
                 f"{layer + 1}: {name}\n{int(reached.sum())} of {reached.numel()} cells", fontsize=8
             )
             place.set(xticks=[], yticks=[])
-        figure.suptitle(
-            "orange: the query; dark: seen in this layer; light: reached through all so far", fontsize=8
-        )
-        return figure
 
 
 def explain_window(

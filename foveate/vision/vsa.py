@@ -74,31 +74,36 @@ class VariedSizeWindowAttention(nn.Module):
         """The rectangles of a map, each (B, H, rows, columns, 2) with (x, y) last.
 
         "center": their centres, in cells; "offset": how far these are from the windows' own, in cells; "scale": s, so
-        that slots are 1 + s cells apart.
+        that slots are 1 + s cells apart. In float32 at least.
         """
         self._check(x)
         (h, w), window = x.shape[1:3], self.window
+        work = torch.promote_types(x.dtype, torch.float32)
         x = pad_to(x, window)
         rows, columns = x.shape[1] // window[0], x.shape[2] // window[1]
         z = F.leaky_relu(partition(x, window).mean(1))  # (B rows columns, C)
         found = [
-            part(z).view(-1, rows, columns, self.heads, 2).permute(0, 3, 1, 2, 4)
+            part(z).view(-1, rows, columns, self.heads, 2).permute(0, 3, 1, 2, 4).to(work)
             for part in (self.offset, self.scale)
         ]
         whole = (columns, rows) if self.count_padding else (max(w // window[1], 1), max(h // window[0], 1))
         unit = [(size - 1) / (2 * n) for size, n in zip((x.shape[2], x.shape[1]), whole, strict=True)]
         offset = found[0] * found[0].new_tensor(unit)
-        y = window[0] * torch.arange(rows, device=x.device) + (window[0] - 1) / 2
-        z = window[1] * torch.arange(columns, device=x.device) + (window[1] - 1) / 2
-        own = torch.stack(torch.meshgrid(y, z, indexing="ij")[::-1], 2)  # (rows, columns, 2) of (x, y)
-        return {"center": own.to(offset) + offset, "offset": offset, "scale": found[1]}
+        mid = [
+            side * torch.arange(n, device=x.device, dtype=work) + (side - 1) / 2
+            for side, n in zip(window, (rows, columns), strict=True)
+        ]
+        own = torch.stack(torch.meshgrid(*mid, indexing="ij")[::-1], 2)  # (rows, columns, 2) of (x, y)
+        return {"center": own + offset, "offset": offset, "scale": found[1]}
 
     def _places(self, x: Tensor) -> Tensor:
         """Where keys and values come from, in cells: (B, H, rows, columns, w, w, 2) with (x, y) last."""
         found = self.predict_windows(x)
         at = [torch.arange(n, device=x.device) - (n - 1) / 2 for n in self.window]
-        slots = torch.stack(torch.meshgrid(*at, indexing="ij")[::-1], 2).to(x)  # (wh, ww, 2) of (x, y)
-        return found["center"][..., None, None, :] + slots * (1 + found["scale"][..., None, None, :])
+        slots = torch.stack(torch.meshgrid(*at, indexing="ij")[::-1], 2)  # (wh, ww, 2) of (x, y)
+        return found["center"][..., None, None, :] + slots.to(found["scale"]) * (
+            1 + found["scale"][..., None, None, :]
+        )
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 4 or x.shape[3] != self.dim:
@@ -109,12 +114,11 @@ class VariedSizeWindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self._check(x)
         (b, h, w, _), heads, d = x.shape, self.heads, self.head_dim
-        work = torch.promote_types(x.dtype, torch.float32)
         qkv = pad_to(self.qkv(x), self.window)  # (B, h', w', 3 C), zeros where x is padded
         grid = (qkv.shape[1], qkv.shape[2])
         q = partition(qkv[..., : self.dim], self.window).unflatten(2, (heads, d)).transpose(1, 2)
 
-        places = self._places(x).to(work)
+        places = self._places(x)
         last = places.new_tensor([max(n - 1, 1) for n in reversed(grid)])
         places = (
             (2 * places / last - 1).flatten(5, 6).flatten(2, 4)
@@ -122,7 +126,7 @@ class VariedSizeWindowAttention(nn.Module):
         maps = (
             qkv[..., self.dim :].unflatten(3, (2, heads, d)).permute(0, 4, 3, 5, 1, 2)
         )  # (B, H, 2, d, h', w')
-        maps = maps.reshape(b * heads, 2 * d, *grid).to(work)
+        maps = maps.reshape(b * heads, 2 * d, *grid).to(places.dtype)
         read = F.grid_sample(
             maps, places.reshape(b * heads, -1, 1, 2), "bilinear", "zeros", align_corners=True
         )

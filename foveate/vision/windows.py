@@ -109,7 +109,8 @@ def attend(
             gives 0. Keep the tensor where it is used again: its layout is made once.
         scale: default d^-0.5.
         engine: "native": `foveate.attention`, first derivatives only; "dense": batched matrix products; "auto": native
-            on CPU in float32 and bfloat16 from nine keys on, where it is measured faster, else dense.
+            on CPU in float32 and bfloat16 from nine keys on, where it is measured faster, else dense, as for groups of
+            one query.
 
     Returns:
         (G, heads, n, e)
@@ -123,6 +124,7 @@ def attend(
         raise ValueError(f"attend: engine must be 'auto', 'native' or 'dense', got {engine!r}")
     if engine == "auto":
         small = q.dtype in (torch.float32, torch.bfloat16) and k.shape[2] >= 9 and k.shape[1] == q.shape[1]
+        small = small and q.shape[2] > 1  # one query fills no tile
         fits = q.device.type == "cpu" and small and not torch.compiler.is_compiling()
         engine = "native" if fits else "dense"
     return (_native if engine == "native" else _dense)(q, k, v, bias, mask, scale)

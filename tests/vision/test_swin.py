@@ -38,6 +38,11 @@ CASES = [  # map, window, shift
 ]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def noisy(module, seed=0):
     """The module in eval mode, in float64, with noise on every parameter."""
     g = torch.Generator().manual_seed(seed)

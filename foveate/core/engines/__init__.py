@@ -14,7 +14,7 @@ def choose(request: AttentionRequest, engine: str = "auto", *, return_lse: bool 
     """The engine module for a request.
 
     `auto`: on CPU native; on CUDA SDPA for plain full and causal attention, else FlexAttention; reference (with its
-    size guard) for whatever they decline.
+    size guard) for whatever they decline; on the meta device SDPA, then reference.
 
     Raises:
         EngineRefusal: the named engine declines, or all do; the message carries every reason.
@@ -29,7 +29,8 @@ def choose(request: AttentionRequest, engine: str = "auto", *, return_lse: bool 
                 f"engine {engine!r} cannot run this: {reason}\n{describe(request, return_lse)}"
             )
         return ENGINES[engine]
-    order = ("sdpa", "flex", "reference") if request.q.device.type == "cuda" else ("native", "reference")
+    orders = {"cuda": ("sdpa", "flex", "reference"), "meta": ("sdpa", "reference")}
+    order = orders.get(request.q.device.type, ("native", "reference"))
     for name in order:
         if refusal(name, request, return_lse) is None:
             return ENGINES[name]

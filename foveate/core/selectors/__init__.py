@@ -6,6 +6,7 @@ from foveate.core.selectors.boundaries import fixed_boundaries, select_boundarie
 from foveate.core.selectors.dhsa import DHSA, chunk_means, dhsa_attention
 from foveate.core.selectors.flexprefill import FlexPrefill
 from foveate.core.selectors.hip import HiP, HiPDecodeState, hip_attention
+from foveate.core.selectors.region_topk import RegionTopK
 from foveate.core.selectors.top_blocks import TopBlocks
 from foveate.core.selectors.vmoba import VMoBA, vmoba_attention, vmoba_cycle
 
@@ -15,6 +16,7 @@ __all__ = [
     "FlexPrefill",
     "HiP",
     "HiPDecodeState",
+    "RegionTopK",
     "Selector",
     "TopBlocks",
     "VMoBA",

@@ -100,8 +100,10 @@ class Trainer:
 
     def run(self) -> None:
         """To the end, with a line in the log every 25 steps, figures and checkpoints now and then."""
-        from tqdm import tqdm
-
+        try:
+            from tqdm import tqdm
+        except ImportError as error:
+            raise ImportError("training shows its progress with tqdm: pip install foveate[hf]") from error
         c = self.config
         sums: dict[str, float] = {}
         for _ in tqdm(range(self.step_number, c.steps), initial=self.step_number, total=c.steps):
