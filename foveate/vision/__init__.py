@@ -27,6 +27,19 @@ from foveate.vision.catanet import (
     catanet_x4,
 )
 from foveate.vision.count import multiply_adds
+from foveate.vision.crossformer import (
+    CrossFormer,
+    CrossFormerBlock,
+    CrossScaleEmbed,
+    DynamicPositionBias,
+    LSDAttention,
+    crossformer_base,
+    crossformer_from_official,
+    crossformer_large,
+    crossformer_pp_small,
+    crossformer_small,
+    crossformer_tiny,
+)
 from foveate.vision.explain import WindowReach, explain_window
 from foveate.vision.l2vit import (
     L2ViT,
@@ -45,6 +58,19 @@ from foveate.vision.lamamba import (
     SelectiveScan2D,
     lamamba_unet,
     snake_orders,
+)
+from foveate.vision.maxvit import (
+    BlockAttention,
+    GridAttention,
+    MaxViT,
+    MaxViTBlock,
+    MBConv,
+    maxvit_base,
+    maxvit_from_timm,
+    maxvit_large,
+    maxvit_small,
+    maxvit_tiny,
+    maxvit_xlarge,
 )
 from foveate.vision.polyphase import (
     Anchored,
@@ -109,6 +135,7 @@ from foveate.vision.swin import (
     swin_tiny,
 )
 from foveate.vision.vsa import SwinVSA, VariedSizeWindowAttention, VSABlock, swin_vsa_small, swin_vsa_tiny
+from foveate.vision.vwa import VaryingWindowAttention, VWFormerDecoder, context_places
 from foveate.vision.windows import RelativePositionBias2d, WindowAttention
 
 __all__ = [
@@ -118,18 +145,28 @@ __all__ = [
     "BiFormer",
     "BiFormerBlock",
     "BiLevelRoutingAttention",
+    "BlockAttention",
     "CATANet",
     "ConvMlp",
     "ConvValueAttention",
+    "CrossFormer",
+    "CrossFormerBlock",
+    "CrossScaleEmbed",
     "DuoFormer",
+    "DynamicPositionBias",
+    "GridAttention",
     "InputPositionAttention",
     "L2ViT",
     "LGABlock",
+    "LSDAttention",
     "LWABlock",
     "LaMambaBlock",
     "LaMambaUNet",
     "LocalConcentration",
     "LowRankConnectivity",
+    "MBConv",
+    "MaxViT",
+    "MaxViTBlock",
     "OverlapPatchAttention",
     "OverlapPatchBlock",
     "PatchExpand",
@@ -159,7 +196,9 @@ __all__ = [
     "TokenAggregationBlock",
     "TokenCentres",
     "VSABlock",
+    "VWFormerDecoder",
     "VariedSizeWindowAttention",
+    "VaryingWindowAttention",
     "ViTLayer",
     "WindowAttention",
     "WindowReach",
@@ -172,13 +211,26 @@ __all__ = [
     "catanet_x2",
     "catanet_x3",
     "catanet_x4",
+    "context_places",
     "convert_biformer",
+    "crossformer_base",
+    "crossformer_from_official",
+    "crossformer_large",
+    "crossformer_pp_small",
+    "crossformer_small",
+    "crossformer_tiny",
     "duoformer",
     "explain_window",
     "l2vit_base",
     "l2vit_small",
     "l2vit_tiny",
     "lamamba_unet",
+    "maxvit_base",
+    "maxvit_from_timm",
+    "maxvit_large",
+    "maxvit_small",
+    "maxvit_tiny",
+    "maxvit_xlarge",
     "multiply_adds",
     "parameters_of",
     "polyphase_anchor",

@@ -23,6 +23,7 @@ from foveate.core.patterns.masks import Mask, MaskMod
 from foveate.core.patterns.neighborhood import Neighborhood
 from foveate.core.patterns.orders import Order, hilbert, morton, row_major, tile_major
 from foveate.core.patterns.power import PowerOfTwo, power_attention, reachability
+from foveate.core.patterns.query_context import QueryContextWindows
 from foveate.core.patterns.shards import Shards
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "PerHead",
     "PowerOfTwo",
     "PrefixLM",
+    "QueryContextWindows",
     "Random",
     "Regions",
     "Shards",
