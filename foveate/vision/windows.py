@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from foveate.core.attention import attention
+from foveate.core.engines.native_library import MAX_DIM
 from foveate.core.layout import BlockLayout
 from foveate.core.scores import Bias, RelativeBias
 
@@ -124,10 +125,10 @@ def attend(
     if engine not in ("auto", "native", "dense"):
         raise ValueError(f"attend: engine must be 'auto', 'native' or 'dense', got {engine!r}")
     if engine == "auto":
-        small = q.dtype in (torch.float32, torch.bfloat16) and k.shape[2] >= 9 and k.shape[1] == q.shape[1]
-        small = small and q.shape[2] > 1  # one query fills no tile
-        fits = q.device.type == "cpu" and small and not torch.compiler.is_compiling()
-        engine = "native" if fits else "dense"
+        known = q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16)
+        fits = max(q.shape[3], v.shape[3]) <= MAX_DIM and not torch.compiler.is_compiling()
+        pays = k.shape[2] >= 9 and q.shape[2] > 1  # one query fills no tile
+        engine = "native" if known and fits and pays else "dense"
     return (_native if engine == "native" else _dense)(q, k, v, bias, mask, scale)
 
 

@@ -102,6 +102,11 @@ def test_both_engines_give_the_same_forward_and_gradients(masked, kind):
         assert not found["native"][0][2, :, 5].any()
 
 
+def test_heads_wider_than_the_native_engine_takes_are_multiplied_densely():
+    q = torch.randn(1, 1, 9, 513)
+    assert torch.equal(attend(q, q, q), attend(q, q, q, engine="dense"))
+
+
 def test_a_mask_that_was_written_to_counts_anew():
     q, mask = torch.randn(2, 1, 9, 4), torch.ones(1, 9, 9, dtype=torch.bool)
     before = attend(q, q, q, mask=mask)
