@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.organisms.viewer.evaluate import evaluate
-from foveate.organisms.viewer.model import Viewer, ViewerConfig, losses
+from foveate.organisms.viewer.model import Viewer, ViewerConfig, losses, overlap
 from foveate.organisms.viewer.scenes import Scenes
 
 WEIGHTS = {"cells": 1.0, "boxes": 2.0, "counts": 0.5}
@@ -169,7 +169,7 @@ def _scenes(about: dict[str, Any]) -> Scenes:
 
 
 def export(out: Path, folder: Path) -> None:
-    """config.json, model.safetensors (float16), log.json and curve.png of the last checkpoint."""
+    """config.json, model.safetensors (float16), log.json, curve.png and scenes.png of the last checkpoint."""
     trainer = Trainer.resume(out)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", {k: v.half() for k, v in trainer.viewer.state_dict().items()})
@@ -183,6 +183,32 @@ def export(out: Path, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
     write_text(folder / "log.json", "[\n" + ",\n".join(json.dumps(e) for e in trainer.log) + "\n]\n")
     draw(trainer.log, folder / "curve.png")
+    picture(*load(folder), folder / "scenes.png")
+
+
+def picture(viewer: Viewer, scenes: Scenes, path: Path, number: int = 5, seed: int = 10_000_001) -> None:
+    """Scenes of held-out digits with what the viewer found: named rightly (blue), wrongly (orange)."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    scene = scenes.sample(seed, number, held_out=True)
+    figure = Figure(figsize=(2.3 * number, 2.7), layout="constrained")
+    counts = viewer(scene.images).counts.argmax(1).tolist()
+    for b, (axes, mine) in enumerate(zip(figure.subplots(1, number), viewer.find(scene.images), strict=True)):
+        axes.imshow(scene.images[b, 0].numpy(), cmap="gray_r", interpolation="nearest")
+        there = [tuple(box) for box in scene.boxes[b].tolist()]
+        for kind, _, box in mine:
+            best = max(range(len(there)), key=lambda i: overlap(box, there[i]))
+            right = overlap(box, there[best]) >= 0.5 and int(scene.classes[b, best]) == kind
+            colour = "#1a407a" if right else "#d97b16"
+            corner = (box[1] - 0.5, box[0] - 0.5)
+            axes.add_patch(Rectangle(corner, box[3], box[2], fill=False, color=colour, lw=1.2))
+            axes.text(box[1], box[0] - 1, str(kind), color=colour, fontsize=9, va="bottom")
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(f"says {counts[b]}, {int(scene.counts[b])} there", fontsize=9)
+    temp = path.with_name("tmp-" + path.name)
+    figure.savefig(temp, dpi=100)
+    temp.replace(path)
 
 
 def draw(log: list[dict[str, Any]], path: Path) -> None:
