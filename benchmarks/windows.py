@@ -160,11 +160,12 @@ def neighbourhood(side: int, window: int, rounds: int) -> list[dict[str, object]
         "foveate": (lambda: fv.attention(*qkv, pattern), qkv),  # type: ignore[dict-item,return-value]
         "SDPA with a mask": (masked, qkv),
     }
+    rows = compare(f"neighbourhood {window}x{window} on {side}x{side}, 3 heads", arms, rounds)
     with torch.no_grad():
         apart = float((arms["foveate"][0]() - masked()).abs().max())
     if apart > 1e-4:
         raise RuntimeError(f"neighbourhood attention differs by {apart}")
-    return compare(f"neighbourhood {window}x{window} on {side}x{side}, 3 heads", arms, rounds)
+    return rows
 
 
 def growth(sides: list[int], rounds: int) -> tuple[list[dict[str, object]], dict[str, list[float]]]:
