@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -133,9 +134,7 @@ class LSDAttention(nn.Module):
         grid = padded.shape[1], padded.shape[2]
         mask = None
         if grid != (h, w):  # cells beyond the map are no keys
-            real = windows.pad_to(x.new_ones(1, h, w, 1), tile)
-            real = gather_groups(real, group, interval)[:, None, :, 0] > 0  # (groups, 1, n)
-            mask = real.expand(-1, rows * columns, -1)
+            mask = _inside((h, w), group, interval, x.device)
         cells = gather_groups(padded, group, interval)  # (groups B, n, C)
         q, k, v = (
             self.qkv(cells).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -147,6 +146,15 @@ class LSDAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, heads={self.heads}, group={self.group}, interval={self.interval}"
+
+
+@lru_cache(maxsize=64)
+def _inside(shape: windows.Pair, group: windows.Pair, interval: int, device: torch.device) -> Tensor:
+    """Keys that are on the map, bool (groups, n, n), for a map of (H, W) that is padded before it is gathered."""
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for others, whoever asks first
+        real = windows.pad_to(torch.ones(1, *shape, 1), (group[0] * interval, group[1] * interval))
+        real = gather_groups(real, group, interval)[:, None, :, 0] > 0  # (groups, 1, n)
+        return real.repeat(1, real.shape[2], 1).to(device)
 
 
 def gather_groups(x: Tensor, group: windows.Pair, interval: int) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from math import ceil, sqrt
 
 import torch
@@ -19,8 +19,26 @@ GELU = partial(nn.GELU, approximate="tanh")
 BatchNorm = partial(nn.BatchNorm2d, eps=1e-3)
 
 
+@lru_cache(maxsize=64)
+def _inside(
+    split: Callable[[Tensor, windows.Pair], Tensor],
+    shape: windows.Pair,
+    size: windows.Pair,
+    device: torch.device,
+) -> Tensor:
+    """Keys that are on the map, bool (groups, n, n), for a map of (H, W) that is padded before it is split."""
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for others, whoever asks first
+        real = (
+            split(windows.pad_to(torch.ones(1, *shape, 1), size), size)[:, None, :, 0] > 0
+        )  # (groups, 1, n)
+        return real.repeat(1, real.shape[2], 1).to(device)
+
+
 class _PartitionAttention(nn.Module):
     """Softmax attention among the tokens of each group; subclasses say which tokens are a group."""
+
+    split: Callable[[Tensor, windows.Pair], Tensor]  # (B, H, W, C), size -> (B groups, n, C)
+    join: Callable[[Tensor, windows.Pair, windows.Pair], Tensor]  # its inverse: cells, size, (H, W)
 
     def __init__(
         self,
@@ -43,14 +61,6 @@ class _PartitionAttention(nn.Module):
         if self.position is not None:
             nn.init.normal_(self.position.table, std=0.02)
 
-    def split(self, x: Tensor) -> Tensor:
-        """Groups of the cells of (B, H, W, C), H and W multiples of size: (B groups, n, C)."""
-        raise NotImplementedError
-
-    def join(self, cells: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The inverse of `split`."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         if x.ndim != 4 or x.shape[3] != self.dim:
@@ -60,14 +70,12 @@ class _PartitionAttention(nn.Module):
         shape = (padded.shape[1], padded.shape[2])
         mask = None
         if shape != (h, w):  # cells beyond the map are no keys
-            real = windows.pad_to(x.new_ones(1, h, w, 1), self.size)
-            real = self.split(real)[:, None, :, 0] > 0  # (groups, 1, n)
-            mask = real.expand(-1, real.shape[2], -1)
-        cells = self.split(padded)  # (G, n, C)
+            mask = _inside(self.split, (h, w), self.size, x.device)
+        cells = self.split(padded, self.size)  # (G, n, C)
         q, k, v = self.qkv(cells).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (G, heads, n, d)
-        bias = None if self.position is None else self.position()  # (heads, n, n)
+        bias = None if self.position is None else self.position.score()
         out = windows.attend(q, k, v, bias=bias, mask=mask)
-        out = self.join(self.proj(out.transpose(1, 2).flatten(2)), shape)
+        out = self.join(self.proj(out.transpose(1, 2).flatten(2)), self.size, shape)
         return out[:, :h, :w]
 
     def extra_repr(self) -> str:
@@ -98,11 +106,8 @@ class BlockAttention(_PartitionAttention):
     torch.Size([2, 8, 13, 32])
     """
 
-    def split(self, x: Tensor) -> Tensor:
-        return windows.partition(x, self.size)
-
-    def join(self, cells: Tensor, shape: tuple[int, int]) -> Tensor:
-        return windows.merge(cells, self.size, shape)
+    split = staticmethod(windows.partition)
+    join = staticmethod(windows.merge)
 
 
 class GridAttention(_PartitionAttention):
@@ -131,11 +136,8 @@ class GridAttention(_PartitionAttention):
     torch.Size([2, 8, 13, 32])
     """
 
-    def split(self, x: Tensor) -> Tensor:
-        return windows.grid_partition(x, self.size)
-
-    def join(self, cells: Tensor, shape: tuple[int, int]) -> Tensor:
-        return windows.grid_merge(cells, self.size, shape)
+    split = staticmethod(windows.grid_partition)
+    join = staticmethod(windows.grid_merge)
 
 
 def same_pad(x: Tensor, kernel: int, stride: int) -> Tensor:

@@ -16,7 +16,7 @@ from foveate.catalogue.lab.digits import split
 from foveate.catalogue.lab.tasks import generator
 from foveate.catalogue.lab.tiny import train
 from foveate.patterns import Grid, Windows
-from foveate.vision import BlockAttention, GridAttention
+from foveate.vision import BlockAttention, GridAttention, explain_window
 
 SIDE, PATCH, DIM, HEADS, SIZE = 16, 2, 32, 2, 4
 CELLS = SIDE // PATCH  # a side; SIZE * SIZE >= CELLS, so windows and grid reach all
@@ -108,15 +108,19 @@ def run(lab: Lab) -> Finding:
 
 
 def picture() -> dict[str, Any]:
-    """Windows and grids of three sizes."""
+    """What has reached a query after one layer and after two: blocks, grids, one after the other."""
     shape, frames = (8, 8), []
-    for kind, pattern in (("block", Windows), ("grid", Grid)):
-        frames += [
-            ({"attention": kind, "size": size}, pattern(shape, size), f"{pattern.__name__}({shape}, {size})")
-            for size in (2, 4, 8)
-        ]
+    kinds = {"block, block": (Windows, Windows), "grid, grid": (Grid, Grid), "block, grid": (Windows, Grid)}
+    for kind, (first, second) in kinds.items():
+        for size in (2, 4, 8):
+            reach = explain_window([first(shape, size), second(shape, size)], shape)
+            code = f"explain_window([{first.__name__}({shape}, {size}), {second.__name__}({shape}, {size})], {shape})"
+            frames += [
+                ({"attention": kind, "size": size, "layers": after}, reach.reached[after - 1], code)
+                for after in (1, 2)
+            ]
     return pictures.pairs(
-        "An 8 x 8 map: tokens next to each other, or as many spread over the whole map. With 4 x 4 of either, a token "
+        "An 8 x 8 map: tokens next to each other, or as many spread over the whole map. With 4 x 4 of either a token "
         "reads 16; one after the other they connect all.",
         frames,
         tokens=64,

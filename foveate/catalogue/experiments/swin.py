@@ -15,7 +15,7 @@ from foveate.catalogue.lab.digits import split
 from foveate.catalogue.lab.tasks import generator
 from foveate.catalogue.lab.tiny import train
 from foveate.patterns import Full, Windows
-from foveate.vision import ShiftedWindowAttention
+from foveate.vision import ShiftedWindowAttention, explain_window
 
 SIDE, PATCH, DIM, HEADS, WINDOW = 24, 4, 32, 2, 3
 GRID = SIDE // PATCH  # 6 x 6 cells, a digit covers 2 x 2
@@ -127,15 +127,17 @@ def run(lab: Lab) -> Finding:
 
 
 def picture() -> dict[str, Any]:
-    """Windows of one layer, with and without shift."""
-    n = 10
-    frames = [
-        ({"window": w, "shift": s}, Windows((n, n), w, shift=s), f"Windows(({n}, {n}), {w}, shift={s})")
-        for w in (3, 4, 5)
-        for s in (0, 1, 2)
-    ]
+    """What has reached a query after one to four layers, without shift and with one."""
+    n, frames = 12, []
+    for shift in (0, 1, 2):
+        layers = [Windows((n, n), 4), Windows((n, n), 4, shift=shift)] * 2
+        reach = explain_window(layers, n)
+        for after in (1, 2, 3, 4):
+            code = f"explain_window([Windows({n, n}, 4), Windows({n, n}, 4, shift={shift})] * 2, {n})"
+            frames.append(({"shift": shift, "layers": after}, reach.reached[after - 1], code))
     return pictures.pairs(
-        "A 10 x 10 map: a query sees its window; a shift moves all windows, and those at the borders shrink.",
+        "A 12 x 12 map and windows of 4 x 4: one layer reads a window; with a shift in every second layer, each layer "
+        "brings in the windows that the last one touched.",
         frames,
         tokens=n * n,
         grid=(n, n),
