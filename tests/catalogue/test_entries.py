@@ -98,7 +98,9 @@ CHECKS_REFUSED = [  # (fields of the check to change, what the message must say)
     ({"limits": [{"window": 5}]}, "limits {'window': 5}; accepted: arguments, and equals"),
     ({"limits": [{"arguments": {}, "equals": "dense"}]}, "accepted: arguments, and equals = 'full' or 'causal'"),
     ({"use": "layer", "limits": [{"arguments": {}, "equals": "full"}]}, "limits of a layer; accepted"),
-    ({"symbols": {"N": 3}}, "symbols of a pattern; accepted: symbols of layer, gate"),
+    ({"symbols": {"N": 3}}, "symbols of a pattern; accepted: symbols of layer, map, backbone, gate"),
+    ({"grid": [8, 8]}, "grid of a pattern; accepted: grid of map, backbone"),
+    ({"use": "map", "grid": [8]}, "grid = [8]; accepted: two sides, each at least 1"),
     ({"use": "layer", "symbols": {"N": 3}}, "there is no cost.parameters"),
     ({"use": "layer", "symbols": {"w": 3}}, "symbols: w = 3; accepted: numbers for B"),
 ]  # fmt: skip
